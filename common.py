@@ -1,0 +1,779 @@
+"""What the PA-RL scripts share and is not the algorithm: data, environments, evaluation, the files of a run.
+
+Read a `parl_*.py` first and come here for details. The buffer holds raw observations and scaled rewards (the scripts
+normalise observations); actions are in [-1, 1] everywhere.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import textwrap
+import time
+import zipfile
+from collections import deque
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import imageio
+import matplotlib.figure
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """The user asked for what cannot be done; the message names the flag or file and says what was expected."""
+
+
+def start(args):
+    """Seed torch and set its threads. Returns (device, a seeded numpy generator). Raises InputError without a GPU."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; expected cpu or auto")
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    use_gpu = args.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu"), np.random.default_rng(args.seed)
+
+
+def seeded_normal(shape, seeds=None, device="cpu"):
+    """Standard normals of `shape` (B, ...), from torch's generator; with `seeds` (B tuples of integers >= 0), row i is
+    drawn from seeds[i] alone: it depends neither on other rows nor on how rows are batched."""
+    if seeds is None:
+        return torch.randn(shape, device=device)
+    rows = [np.random.default_rng(seed).standard_normal(shape[1:], np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)).to(device)
+
+
+class Normalizer(torch.nn.Module):
+    """obs (..., O) -> (obs - mean) / std of `states` (S, O), with std at least 1e-3; the identity for no states."""
+
+    def __init__(self, obs_dim, states=()):
+        super().__init__()
+        states = states if len(states) else np.array([[-1.0], [1.0]]) * np.ones(obs_dim)
+        self.register_buffer("mean", torch.tensor(states.mean(0), dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(states.std(0).clip(1e-3), dtype=torch.float32))
+
+    def forward(self, obs):
+        return (obs - self.mean) / self.std
+
+
+# ======================================== TRANSITIONS ========================================
+
+
+def mc_returns(rewards, masks, discount, sparse=False):
+    """Return-to-go of one episode, G_t = r_t + discount * mask_t * G_{t+1}, with nothing after its last step.
+
+    rewards, masks (L,), scaled as they are learned from -> (L,) float32. sparse: each step costs until success, which
+    costs nothing; an episode of negative rewards alone never succeeded and is worth r / (1 - discount) throughout.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if sparse and rewards.max() < 0:
+        return np.full(len(rewards), rewards[-1] / (1 - discount), np.float32)
+    returns = np.zeros(len(rewards) + 1)
+    for t in reversed(range(len(rewards))):
+        returns[t] = rewards[t] + discount * masks[t] * returns[t + 1]
+    return returns[:-1].astype(np.float32)
+
+
+class ReplayBuffer:
+    """Episodes end to end. One of L steps adds L transitions and L + 1 states; a transition's next state is the row
+    after its own, so that obs and next_obs are stored once. Arrays double when full."""
+
+    def __init__(self, obs_dim, act_dim):
+        self.num_states, self.num_transitions, self.sha256 = 0, 0, None
+        self.states, self.actions = np.zeros((1024, obs_dim), np.float32), np.zeros((1024, act_dim), np.float32)
+        self.rewards, self.masks, self.mc_returns = (np.zeros(1024, np.float32) for _ in range(3))
+        self.state_rows = np.zeros(1024, np.int64)
+
+    def __len__(self):
+        return self.num_transitions
+
+    def add_episode(self, observations, actions, rewards, masks, mc_returns):
+        """observations (L + 1, O), the last next one included; actions (L, A); rewards, masks, mc_returns (L,).
+
+        mask = 1 - terminated: 0 at success or failure, 1 elsewhere and at a time limit. Actions are clipped to
+        +-0.99999, where a tanh policy can reach them.
+        """
+        if not len(observations) - 1 == len(actions) == len(rewards) == len(masks) == len(mc_returns):
+            raise ValueError("an episode of L actions has L + 1 observations and L rewards, masks and mc_returns")
+        self.state_rows = append(self.state_rows, self.num_transitions, self.num_states + np.arange(len(actions)))
+        self.states = append(self.states, self.num_states, observations)
+        self.actions = append(self.actions, self.num_transitions, np.clip(actions, -0.99999, 0.99999))
+        for name, values in (("rewards", rewards), ("masks", masks), ("mc_returns", mc_returns)):
+            setattr(self, name, append(getattr(self, name), self.num_transitions, values))
+        self.num_states, self.num_transitions = self.num_states + len(observations), self.num_transitions + len(actions)
+
+    def sample(self, batch_size, generator):
+        """Transitions, uniform with replacement: obs, next_obs (B, O), actions (B, A), rewards, masks, mc_returns (B,),
+        and state_rows (B,), the row of obs among `states`.
+
+        NOTE(differs): drawn by a seeded numpy generator, with replacement (released: 34 ms a batch from 1M rows).
+        """
+        rows = generator.integers(self.num_transitions, size=batch_size)
+        states = self.state_rows[rows]
+        batch = {name: getattr(self, name)[rows] for name in ("actions", "rewards", "masks", "mc_returns")}
+        batch |= {"obs": self.states[states], "next_obs": self.states[states + 1], "state_rows": states}
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def state_dict(self):
+        arrays = {name: getattr(self, name) for name in ("actions", "rewards", "masks", "mc_returns", "state_rows")}
+        arrays = {name: array[: self.num_transitions] for name, array in arrays.items()}
+        return {
+            name: torch.tensor(array) for name, array in (arrays | {"states": self.states[: self.num_states]}).items()
+        }
+
+    def load_state_dict(self, state):
+        for name, tensor in state.items():
+            setattr(self, name, tensor.numpy().copy())
+        self.num_states, self.num_transitions = len(self.states), len(self.actions)
+
+
+def append(array, size, rows):
+    """`array`, of which `size` rows are in use, with `rows` after them; longer where they do not fit."""
+    if size + len(rows) > len(array):
+        array = np.concatenate([array[:size], np.zeros((size + len(rows), *array.shape[1:]), array.dtype)])
+    array[size : size + len(rows)] = rows
+    return array
+
+
+def sample_both(offline, online, num_offline, num_online, generator):
+    """num_offline transitions of one buffer, and below them num_online of the other."""
+    parts = [buffer.sample(n, generator) for buffer, n in ((offline, num_offline), (online, num_online)) if n]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+# ======================================== POINTMAZE ========================================
+
+# name: (gymnasium-robotics map, start cell, goal cell, steps to the time limit, transitions of the embedded dataset)
+POINTMAZES = {
+    "pointmaze-umaze-play": ("U_MAZE", (3, 1), (1, 1), 50, 20_000),
+    "pointmaze-medium-play": ("MEDIUM_MAZE", (1, 1), (6, 6), 120, 60_000),
+    "pointmaze-large-play": ("LARGE_MAZE", (1, 1), (7, 10), 180, 120_000),
+}
+
+
+class PointMaze(gym.Wrapper):
+    """gymnasium-robotics' PointMaze at 12 Hz: a force-driven ball rolls from a start cell to a goal cell.
+
+    observation (4,): position in m and velocity in m/s; action (2,): force in [-1, 1]. Reward 1 and the end of the
+    episode within 0.45 m of the goal, else 0. The start is uniform within 0.25 m (per axis) of the centre of the start
+    cell, or of options["cell"]; the goal is the centre of its cell, so it need not be observed.
+    """
+
+    def __init__(self, env_id):
+        from gymnasium_robotics.envs.maze import maps, point_maze
+
+        layout, self.start_cell, self.goal_cell, _, _ = POINTMAZES[env_id]
+        env = point_maze.PointMazeEnv(getattr(maps, layout), continuing_task=False)
+        os.remove(env.tmp_xml_file_path)  # the base class leaves it behind
+        env.position_noise_range = 0.0
+        env.point_env.frame_skip = 8  # physics steps of 0.01 s per action
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        self.walls = np.array([[cell == 1 for cell in row] for row in getattr(maps, layout)])
+
+    def centre(self, cell):
+        """The centre (2,) of cell (row, column), in metres."""
+        return self.env.maze.cell_rowcol_to_xy(np.array(cell))
+
+    def reset(self, *, seed=None, options=None):
+        cell = (options or {}).get("cell", self.start_cell)
+        self.env.reset(seed=seed, options={"goal_cell": np.array(self.goal_cell), "reset_cell": np.array(cell)})
+        start = self.centre(cell) + self.env.np_random.uniform(-0.25, 0.25, 2)
+        self.env.point_env.set_state(start, np.zeros(2))
+        self.trail = [start]
+        return np.concatenate([start, np.zeros(2)]).astype(np.float32), {"success": False}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.trail.append(obs["achieved_goal"])
+        return obs["observation"].astype(np.float32), float(reward), terminated, truncated, info
+
+    def render(self):
+        """The maze from above with the ball's trail, (H, W, 3) uint8 at 32 pixels per metre. Needs no OpenGL."""
+        image = np.kron(np.where(self.walls, 90, 245)[..., None], np.ones((32, 32, 3))).astype(np.uint8)
+        rows, columns = np.mgrid[: image.shape[0], : image.shape[1]] / 32
+        x, y = columns - self.env.maze.x_map_center, self.env.maze.y_map_center - rows
+        discs = [(self.centre(self.goal_cell), 0.45, (170, 225, 170))]
+        discs += [(point, 0.06, (150, 170, 220)) for point in self.trail] + [(self.trail[-1], 0.15, (200, 60, 40))]
+        for (px, py), radius, colour in discs:
+            image[(x - px) ** 2 + (y - py) ** 2 < radius**2] = colour
+        return image
+
+
+def shortest_path(walls, start, goal):
+    """Cells from start to goal, both included, by breadth-first search."""
+    paths, seen = deque([[start]]), {start}
+    while paths[0][-1] != goal:
+        path = paths.popleft()
+        row, column = path[-1]
+        for cell in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
+            if not walls[cell] and cell not in seen:
+                seen.add(cell)
+                paths.append([*path, cell])
+    return paths[0]
+
+
+def generate_pointmaze(env_id, num_transitions, seed=0):
+    """Play data: a proportional-derivative controller drives between random cells along shortest paths with Gaussian
+    action noise, its scale drawn per episode. An episode lasts 200 steps or ends where it happens to meet the goal.
+
+    Returns the arrays of a dataset file (see `load_dataset`), the same for the same seed.
+    """
+    env, rng = PointMaze(env_id), np.random.default_rng(seed)
+    cells = [tuple(cell) for cell in np.argwhere(~env.walls)]
+    rows = []
+    with tqdm(total=num_transitions, desc=f"making {env_id} data", unit="step", disable=None) as bar:
+        while len(rows) < num_transitions:
+            cell, noise = cells[rng.integers(len(cells))], rng.uniform(0.3, 2.0)
+            obs, _ = env.reset(seed=int(rng.integers(2**31)), options={"cell": cell})
+            path, terminated, length = [cell], False, 0
+            while not terminated and length < 200:
+                if np.linalg.norm(env.centre(path[0]) - obs[:2]) < 0.3:
+                    cell = path.pop(0)
+                if not path:
+                    path = shortest_path(env.walls, cell, cells[rng.integers(len(cells))])
+                force = 4.0 * (env.centre(path[0]) - obs[:2]) - obs[2:] + noise * rng.standard_normal(2)
+                action = np.clip(force, -1, 1).astype(np.float32)
+                next_obs, reward, terminated, _, _ = env.step(action)
+                length += 1
+                rows.append((obs, action, np.float32(reward), terminated, not terminated and length == 200, next_obs))
+                obs = next_obs
+            bar.update(length)
+    names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    return {name: np.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+# ======================================== ENVIRONMENTS AND DATASETS ========================================
+
+
+class UniformInterface(gym.Wrapper):
+    """Any gymnasium environment with flat float32 observations, actions in [-1, 1] and info["success"].
+
+    Dict observations are flattened with their keys sorted, as gymnasium does. Where an environment reports neither
+    info["success"] nor info["is_success"], an episode that terminates with a positive reward is a success.
+    """
+
+    def __init__(self, env, env_id):
+        if not isinstance(env.action_space, gym.spaces.Box) or not env.action_space.is_bounded():
+            raise InputError(f"--env-id {env_id}: expected a bounded Box action space, got {env.action_space}")
+        self.low, self.high = env.action_space.low, env.action_space.high
+        if len(env.observation_space.shape or ()) != 1:
+            env = gym.wrappers.FlattenObservation(env)
+        super().__init__(env)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.low.size,), np.float32)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return np.asarray(obs, np.float32), info
+
+    def step(self, action):
+        action = self.low + (np.clip(action, -1, 1).reshape(self.low.shape) + 1) / 2 * (self.high - self.low)
+        obs, reward, terminated, truncated, info = self.env.step(action.astype(self.low.dtype))
+        success = bool(info.get("success", info.get("is_success", terminated and reward > 0)))
+        return np.asarray(obs, np.float32), float(reward), terminated, truncated, {**info, "success": success}
+
+
+def make_env(env_id, render=False):
+    """The environment `env_id`: one of POINTMAZES, or any gymnasium id (also "module:Id").
+
+    Returns a gymnasium environment with observations (O,) float32, actions (A,) in [-1, 1], and info["success"].
+    Raises InputError for an unknown id (with near misses) or spaces that do not fit.
+    """
+    if env_id in POINTMAZES:
+        return UniformInterface(gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3]), env_id)
+    try:
+        return UniformInterface(gym.make(env_id, render_mode="rgb_array" if render else None), env_id)
+    except (gym.error.UnregisteredEnv, gym.error.MalformedID, ModuleNotFoundError) as error:
+        near = difflib.get_close_matches(env_id, [*POINTMAZES, *gym.registry], n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"expected {', '.join(POINTMAZES)} or a gymnasium id"
+        raise InputError(f"--env-id {env_id}: {error}; {hint}") from error
+
+
+DATASET_KEYS = (
+    "observations",
+    "actions",
+    "rewards",
+    "terminals",
+    "timeouts",
+    "next_observations",
+)  # the last: optional
+
+
+def dataset_file(env_id, dataset_path=""):
+    """`dataset_path` where given, else the embedded dataset's file in $PARL_CACHE (~/.cache/parl), made on first use."""
+    if dataset_path:
+        return Path(dataset_path)
+    if env_id not in POINTMAZES:
+        raise InputError(
+            f"--env-id {env_id} has no embedded dataset: expected --dataset-path FILE (.hdf5 or .npz with "
+            f"{', '.join(DATASET_KEYS[:5])}), or for none --offline-ratio 0 --bc-steps 0"
+        )
+    num_transitions = POINTMAZES[env_id][4]
+    path = Path(os.environ.get("PARL_CACHE", "~/.cache/parl")).expanduser() / f"{env_id}-{num_transitions}-v1.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{os.getpid()}-{path.name}")
+        np.savez_compressed(partial, **generate_pointmaze(env_id, num_transitions))
+        partial.replace(path)
+    return path
+
+
+def read_dataset(path):
+    """The arrays of an HDF5 or npz file as a dict. Raises InputError naming the file and what is wrong with it."""
+    where = f"--dataset-path {path}"
+    if not path.is_file():
+        raise InputError(f"{where}: {'is a directory' if path.is_dir() else 'no such file'}; expected .hdf5 or .npz")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                data = {key: file[key] for key in DATASET_KEYS if key in file}
+        else:
+            with h5py.File(path, "r") as file:
+                data = {key: file[key][()] for key in DATASET_KEYS if key in file}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{where}: cannot be read as {'npz' if path.suffix == '.npz' else 'HDF5'} ({error})"
+        ) from error
+    if missing := [key for key in DATASET_KEYS[:5] if key not in data]:
+        raise InputError(f"{where}: missing {', '.join(missing)}; found {', '.join(data) or 'none of the keys'}")
+    return data
+
+
+def check_dataset(data, path, env):
+    """Raises InputError with file, key and first bad index unless the arrays fit each other and the environment."""
+    rows = {"observations": env.observation_space.shape, "actions": env.low.shape}
+    rows["next_observations"], length = rows["observations"], data["rewards"].size
+    if length == 0:
+        raise InputError(f"--dataset-path {path}: holds 0 transitions; expected at least 1")
+    for key, array in data.items():
+        where, shape = f"--dataset-path {path}: {key}", (length, *rows.get(key, ()))
+        if array.dtype.kind not in "fiub":
+            raise InputError(f"{where} has dtype {array.dtype}; expected numbers")
+        if array.shape != shape:
+            raise InputError(f"{where} has shape {array.shape}; expected {shape}, from rewards and the environment")
+        if len(bad := np.argwhere(~np.isfinite(array))):
+            raise InputError(f"{where}[{bad[0][0]}] = {array[bad[0][0]]}; expected finite numbers")
+    actions, slack = data["actions"], 1e-3 * (env.high - env.low)
+    if len(bad := np.argwhere((actions < env.low - slack) | (actions > env.high + slack))):
+        raise InputError(
+            f"--dataset-path {path}: actions[{bad[0][0]}] = {actions[bad[0][0]]}; expected within the environment's "
+            f"bounds {env.low} to {env.high}"
+        )
+
+
+def split_episodes(data):
+    """(start, stop) of every episode in the arrays of a dataset file, and next_observations (N, O).
+
+    An episode ends where terminal, at a timeout, and where the next row's observation is not this row's next one.
+    Without next_observations in the file they are the following rows: at a timeout, and at the end of the file, that is
+    not known and the transition is dropped; at a terminal it is not needed.
+    NOTE(differs): the last transition is kept when its next observation is known (released: always dropped).
+    """
+    observations, terminals = data["observations"], data["terminals"].astype(bool)
+    ends = terminals | data["timeouts"].astype(bool)
+    ends[-1] = True
+    if "next_observations" in data:
+        next_observations, known = data["next_observations"], np.ones(len(ends), bool)
+        ends[:-1] |= np.linalg.norm(observations[1:] - next_observations[:-1], axis=1) > 1e-6
+    else:
+        next_observations, known = np.concatenate([observations[1:], observations[-1:]]), terminals | ~ends
+    stops = np.flatnonzero(ends) + 1
+    starts, stops = np.concatenate([[0], stops[:-1]]), np.where(known[stops - 1], stops, stops - 1)
+    return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start], next_observations
+
+
+def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False):
+    """The dataset of `env_id` as a ReplayBuffer of rewards * scale + bias; its `sha256` is the file's.
+
+    The file (HDF5 or npz) has observations (N, O), actions (N, A) in the environment's own units, rewards, terminals,
+    timeouts (N,), and optionally next_observations (N, O). sparse: an episode ends where the scaled reward first
+    reaches 0, which is success. Raises InputError naming file, key and first bad index.
+    """
+    path, env = dataset_file(env_id, dataset_path), make_env(env_id)
+    data = read_dataset(path)
+    check_dataset(data, path, env)
+    actions = (2 * (data["actions"] - env.low) / (env.high - env.low) - 1).reshape(len(data["actions"]), -1)
+    rewards = data["rewards"].astype(np.float64) * reward_scale + reward_bias
+    if sparse:
+        data["terminals"] = data["terminals"].astype(bool) | (rewards >= 0)
+        if rewards.max() < 0:
+            print(f"warning: {path}: no success anywhere: no reward * scale + bias reaches 0", file=sys.stderr)
+    buffer = ReplayBuffer(env.observation_space.shape[0], env.action_space.shape[0])
+    buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    episodes, next_observations = split_episodes(data)
+    for start, stop in episodes:
+        masks = 1.0 - data["terminals"][start:stop]
+        returns = mc_returns(rewards[start:stop], masks, discount, sparse)
+        observations = np.concatenate([data["observations"][start:stop], next_observations[stop - 1 : stop]])
+        buffer.add_episode(observations, actions[start:stop], rewards[start:stop], masks, returns)
+    return buffer
+
+
+# ======================================== EVALUATION ========================================
+
+EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the integers after it
+
+
+def run_episodes(envs, act, seeds, video_dir=None):
+    """One episode per seed, each run to its end; the result does not depend on how many `envs` there are.
+
+    act(obs (N, O), keys) -> actions (N, A); keys[i] = (episode seed, step) is to seed all randomness of row i. Returns
+    arrays in the order of `seeds`: success, return (raw rewards), length (steps). video_dir: write episode-{seed}.mp4.
+    """
+    result = {name: np.zeros(len(seeds)) for name in ("success", "return", "length")}
+    waiting = [deque(range(i, len(seeds), len(envs))) for i in range(len(envs))]  # who runs what is settled beforehand
+    running, frames = {}, {episode: [] for episode in range(len(seeds))}  # running: environment -> (episode, obs)
+    while any(waiting) or running:
+        for i, env in enumerate(envs):
+            if i not in running and waiting[i]:
+                episode = waiting[i].popleft()
+                running[i] = episode, env.reset(seed=int(seeds[episode]))[0]
+        keys = [(int(seeds[episode]), int(result["length"][episode])) for episode, _ in running.values()]
+        actions = act(np.stack([obs for _, obs in running.values()]), keys)
+        for (i, (episode, _)), action in zip(list(running.items()), actions, strict=True):
+            obs, reward, terminated, truncated, info = envs[i].step(action)
+            running[i] = episode, obs
+            result["return"][episode] += reward
+            result["length"][episode] += 1
+            result["success"][episode] = max(result["success"][episode], info["success"])
+            if video_dir:
+                frames[episode].append(envs[i].render())
+            if terminated or truncated:
+                del running[i]
+                if video_dir:
+                    Path(video_dir).mkdir(parents=True, exist_ok=True)
+                    imageio.mimwrite(Path(video_dir) / f"episode-{seeds[episode]}.mp4", frames.pop(episode), fps=12)
+    return result
+
+
+def evaluate(envs, act, num_episodes, prefix="eval/"):
+    """Means over `num_episodes` fixed seeds: {prefix + success_rate, return, length, steps_to_goal}, the last over
+    successful episodes only and absent where there are none. envs, act: see `run_episodes`."""
+    result = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes))
+    success = result["success"] > 0
+    means = {"success_rate": success.mean(), "return": result["return"].mean(), "length": result["length"].mean()}
+    means |= {"steps_to_goal": result["length"][success].mean()} if success.any() else {}
+    return {prefix + name: float(value) for name, value in means.items()}
+
+
+def collect_episode(env, act, seed):
+    """One episode: observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,), success, act_ms (a step)."""
+    obs, _ = env.reset(seed=seed)
+    observations, steps, success, done, seconds = [obs], [], False, False, 0.0
+    while not done:
+        began = time.perf_counter()
+        action = act(obs[None])[0]
+        seconds += time.perf_counter() - began
+        obs, reward, terminated, truncated, info = env.step(action)
+        observations.append(obs)
+        steps.append((action, reward, 1.0 - terminated))
+        success, done = success or info["success"], terminated or truncated
+    actions, rewards, masks = (np.array(values) for values in zip(*steps, strict=True))
+    episode = dict(observations=np.stack(observations), actions=actions, rewards=rewards, masks=masks)
+    return episode | dict(success=success, act_ms=1000 * seconds / len(steps))
+
+
+def max_env_steps(env, args):
+    """Environment steps of the online phase: --online-steps, and no more than --online-episodes can take."""
+    steps, episodes = (math.inf if n is None else n for n in (args.online_steps, args.online_episodes))
+    return min(steps, episodes * (getattr(env.spec, "max_episode_steps", None) or 1000))
+
+
+# ======================================== THE FILES OF A RUN ========================================
+
+COLUMNS = """
+    phase gradient_step env_step episode
+    eval/success_rate eval/return eval/length eval/steps_to_goal eval/normalized_score
+    eval/policy_success_rate eval/policy_return eval/policy_length eval/policy_steps_to_goal
+    train/return train/success train/length train/regret
+    critic/loss critic/td_loss critic/cql_loss critic/q_data critic/q_policy critic/q_minus_mc critic/calibration_rate
+    policy/bc_loss policy/distill_loss
+    opt/q_before opt/q_after opt/improvement opt/candidate_entropy opt/grad_norm opt/l1_move opt/tokens_changed
+    time/steps_per_second time/critic_ms time/distill_ms time/act_ms
+""".split()  # noqa: SIM905
+
+
+class Run:
+    """The directory of one run, and all that must survive its being killed: `counters` and what `keep` was told.
+
+    config.json, checkpoint.pt and curves.png are written under another name, fsynced and renamed; a row of metrics.csv
+    is one write, and rows past the checkpoint are dropped on resume. Ctrl-C and SIGTERM set a flag that is read where a
+    checkpoint may be taken: after an update, online at the end of an episode and its updates.
+    """
+
+    def __init__(self, args, script, obs_dim, act_dim, generator):
+        name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%y%m%d-%H%M%S')}".translate(
+            str.maketrans("/:", "--")
+        )
+        self.directory = Path(args.resume or args.run_dir or f"runs/{name}")
+        self.identity = dict(script=script, env_id=args.env_id, obs_dim=obs_dim, act_dim=act_dim)
+        self.args, self.generator, self.kept, self.rows, self.stop_signal, self.wandb = (
+            args,
+            generator,
+            {},
+            0,
+            None,
+            None,
+        )
+        self.counters = dict.fromkeys("bc offline distill env_step episode successes gradient_step".split(), 0)  # noqa: SIM905
+        self.counters |= {"phase": "bc", "seconds": {}}
+        self.sums, self.counts, self.lap_start, self.lap_step = {}, {}, time.perf_counter(), 0
+
+    def keep(self, **objects):
+        """Objects with state_dict and load_state_dict, for checkpoints to hold under their names."""
+        self.kept |= objects
+
+    def load(self, path, flag, **objects):
+        """Load `objects` from a checkpoint and return it. Raises InputError for one of another script, task or shape."""
+        if not Path(path).is_file():
+            raise InputError(f"{flag} {path}: no such file; expected the checkpoint.pt of a run")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{flag} {path}: not a checkpoint ({str(error).splitlines()[0]})") from error
+        for name, expected in self.identity.items():
+            if checkpoint.get(name) != expected:
+                raise InputError(f"{flag} {path}: {name} is {checkpoint.get(name)} there; expected {expected}")
+        for name, item in objects.items():
+            try:
+                item.load_state_dict(checkpoint[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise InputError(
+                    f"{flag} {path}: {name} differs in shape; expected its run's flags ({error})"
+                ) from error
+        return checkpoint
+
+    def begin(self, dataset_sha256=None):
+        """Make the directory, or with --resume go on from its checkpoint. Returns the counters."""
+        self.identity["dataset_sha256"] = dataset_sha256
+        header = [",".join(COLUMNS)]
+        if self.args.resume:
+            checkpoint = self.load(self.directory / "checkpoint.pt", "--resume", **self.kept)
+            self.counters, self.sums, self.counts = (checkpoint[name] for name in ("counters", "sums", "counts"))
+            self.rows, self.lap_step = checkpoint["rows"], self.counters["gradient_step"]
+            self.generator.bit_generator.state = json.loads(checkpoint["numpy_rng"])
+            torch.set_rng_state(checkpoint["torch_rng"])
+            if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            header = (self.directory / "metrics.csv").read_text().splitlines()[: self.rows + 1]
+        if self.args.eval_only:
+            return self.counters
+        self.directory.mkdir(parents=True, exist_ok=True)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
+        self.config = {**vars(self.args), **self.identity, "python": sys.version.split()[0], **versions}
+        self.replace("config.json", lambda file: file.write(json.dumps(self.config, indent=2).encode()))
+        self.replace("metrics.csv", lambda file: file.write("".join(line + "\n" for line in header).encode()))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        if self.args.track:
+            self.try_wandb(self.start_wandb)
+        return self.counters
+
+    def save(self):
+        """Write checkpoint.pt: tensors, numbers and strings alone, for torch.load(weights_only=True)."""
+        self.check_finite()
+        cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
+        checkpoint = {name: item.state_dict() for name, item in self.kept.items()} | self.identity
+        checkpoint |= dict(
+            args=vars(self.args), counters=self.counters, sums=self.sums, counts=self.counts, rows=self.rows
+        )
+        checkpoint |= dict(numpy_rng=json.dumps(self.generator.bit_generator.state), torch_rng=torch.get_rng_state())
+        self.replace("checkpoint.pt", lambda file: torch.save(checkpoint | {"cuda_rng": cuda_rng}, file))
+
+    def replace(self, name, write):
+        with open(self.directory / f".{name}.partial", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).replace(self.directory / name)
+
+    def on_signal(self, number, frame):
+        if self.stop_signal:  # the second one does not wait
+            raise KeyboardInterrupt
+        self.stop_signal = signal.Signals(number).name
+
+    def average(self, info):
+        """Add named scalars to the means in the next row. Tensors stay on their device until then."""
+        for name, value in info.items():
+            self.sums[name], self.counts[name] = self.sums.get(name, 0.0) + value, self.counts.get(name, 0) + 1
+
+    @contextlib.contextmanager
+    def timed(self, name):
+        """Average the milliseconds that the block takes, as column `name`."""
+        began = time.perf_counter()
+        yield
+        self.average({name: 1000 * (time.perf_counter() - began)})
+
+    def check_finite(self):
+        for name, value in self.sums.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is not finite; the last good checkpoint is in {self.directory}")
+
+    def log(self, info):
+        """One row of metrics.csv: where the run is, the means since the last row, and `info`."""
+        self.check_finite()
+        done, seconds = self.counters, time.perf_counter() - self.lap_start
+        done["seconds"][done["phase"]] = done["seconds"].get(done["phase"], 0.0) + seconds
+        row = {name: done[name] for name in COLUMNS[:4]}
+        row |= {"time/steps_per_second": (done["gradient_step"] - self.lap_step) / seconds}
+        row |= {name: float(self.sums[name]) / self.counts[name] for name in self.sums}
+        row |= {name: float(value) for name, value in info.items()}
+        if unknown := set(row) - set(COLUMNS):
+            raise KeyError(f"not columns of metrics.csv: {sorted(unknown)}")
+        cells = [f"{row[name]:.6g}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in COLUMNS]
+        with open(self.directory / "metrics.csv", "a") as file:
+            file.write(",".join(cells) + "\n")
+        self.rows, self.sums, self.counts = self.rows + 1, {}, {}
+        self.lap_start, self.lap_step = time.perf_counter(), done["gradient_step"]
+        if self.wandb:
+            self.try_wandb(lambda: self.wandb.log(row))
+
+    def steps(self, phase, num_steps, evaluate, info=dict):
+        """The steps of a phase that are left. After the body of each: count it; log, evaluate, save, stop where due.
+
+        evaluate() and info() return more columns: the one every --eval-every steps, the other for every row.
+        """
+        done = self.counters
+        if done[phase] < num_steps:
+            done["phase"] = phase
+        with tqdm(total=num_steps, initial=done[phase], desc=phase, disable=None) as bar:
+            while done[phase] < num_steps:
+                yield done[phase]
+                done[phase], done["gradient_step"] = done[phase] + 1, done["gradient_step"] + 1
+                bar.update()
+                due = done[phase] % self.args.eval_every == 0 or done[phase] == num_steps
+                if due or done[phase] % self.args.log_every == 0:
+                    self.log({**info(), **(evaluate() if due else {})})
+                self.save_if(due)
+
+    def episodes(self, evaluate, info):
+        """The online episodes that are left, as seeds for their resets. The body calls `record`; the rest as `steps`."""
+        done, args = self.counters, self.args
+        max_steps, max_episodes = (math.inf if n is None else n for n in (args.online_steps, args.online_episodes))
+        with tqdm(total=args.online_steps, initial=done["env_step"], desc="online", disable=None) as bar:
+            while done["env_step"] < max_steps and done["episode"] < max_episodes:
+                done["phase"] = "online"
+                yield int(np.random.SeedSequence([args.seed, 3, done["episode"]]).generate_state(1)[0])
+                before, length = done["env_step"], self.episode["train/length"]
+                done["env_step"], done["episode"] = before + length, done["episode"] + 1
+                done["successes"] += int(self.episode["train/success"])
+                bar.update(length)
+                due = before // args.eval_every < done["env_step"] // args.eval_every
+                due |= done["env_step"] >= max_steps or done["episode"] >= max_episodes
+                self.episode["train/regret"] = 1 - done["successes"] / done["episode"]
+                self.log({**self.episode, **info(), **(evaluate() if due else {})})
+                self.save_if(True)
+
+    def save_if(self, due):
+        if due or self.stop_signal:
+            self.save()
+        if self.stop_signal:
+            self.finish()
+            print(f"stopped by {self.stop_signal}; to go on: --resume {self.directory}")
+            sys.exit(0)
+
+    def record(self, episode, num_updates):
+        """What an online episode was, and how many critic updates followed it."""
+        self.counters["gradient_step"] += num_updates
+        self.episode = {"train/length": len(episode["rewards"]), "train/return": episode["rewards"].sum()}
+        self.episode |= {"train/success": episode["success"], "time/act_ms": episode["act_ms"]}
+
+    def start_wandb(self):
+        import wandb
+
+        name = dict(name=self.directory.name, id=self.directory.name, dir=self.directory, resume="allow")
+        self.wandb = wandb.init(
+            project=self.args.wandb_project, entity=self.args.wandb_entity, config=self.config, **name
+        )
+
+    def try_wandb(self, call):
+        try:
+            call()
+        except Exception as error:  # whatever wandb raises: a failing tracker never stops a run
+            print(f"warning: --track: wandb failed ({error}); the run goes on without it", file=sys.stderr)
+            self.wandb = None
+
+    def finish(self):
+        """Draw curves.png, print the phases, close wandb."""
+        rows = read_metrics(self.directory / "metrics.csv")
+        self.replace("curves.png", lambda file: plot_curves(rows).savefig(file, dpi=120))
+        print(f"{'phase':<10}{'policy':<12}{'success':>8}{'steps to goal':>15}{'minutes':>9}")
+        for phase, row in {row["phase"]: row for row in rows if "eval/policy_success_rate" in row}.items():
+            for name, prefix in (("raw", "eval/policy_"), ("optimised", "eval/")):
+                if prefix + "success_rate" in row:
+                    steps, minutes = row.get(prefix + "steps_to_goal", math.nan), self.counters["seconds"][phase] / 60
+                    print(f"{phase:<10}{name:<12}{row[prefix + 'success_rate']:>8.0%}{steps:>15.1f}{minutes:>9.1f}")
+        if self.wandb:
+            self.try_wandb(self.wandb.finish)
+
+
+def read_metrics(path):
+    """metrics.csv as a list of dicts: numbers as float, empty cells absent, the phase as text."""
+    with open(path, newline="") as file:
+        return [{k: v if k == "phase" else float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def plot_curves(rows):
+    """A matplotlib figure of success rate, steps to goal and values over the run's updates, the phases marked."""
+    panels = {
+        "success rate": {"eval/success_rate": "optimised policy", "eval/policy_success_rate": "raw policy"},
+        "steps to goal (successes)": {
+            "eval/steps_to_goal": "optimised policy",
+            "eval/policy_steps_to_goal": "raw policy",
+        },
+        "value": {"opt/q_before": "policy's samples", "opt/q_after": "optimised", "critic/q_data": "data's actions"},
+    }
+    figure = matplotlib.figure.Figure(figsize=(8, 8), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True)
+    for axis, (label, columns) in zip(axes, panels.items(), strict=True):
+        for column, name in columns.items():
+            points = [(row["gradient_step"], row[column]) for row in rows if column in row]
+            axis.plot([x for x, _ in points], [y for _, y in points], marker=".", label=name)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(-0.03, 1.03)
+    axes[-1].set_xlabel("updates (cloning, then critic)")
+    for axis in axes:
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        begin = min(row["gradient_step"] for row in rows if row["phase"] == phase)
+        axes[0].annotate(phase, (begin, 1.03), xycoords=("data", "axes fraction"))
+        for axis in axes:
+            axis.axvline(begin, color="0.6", linestyle=":")
+    return figure
+
+
+def main(train, args_class, presets, description):
+    """Parse the command line and train. A flag given wins over the run's that is resumed, or the family's preset."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env-id", "--env_id", default=args_class.env_id)
+    first.add_argument("--resume", default="")
+    given, _ = first.parse_known_args()
+    defaults = {"env_id": given.env_id, **presets.get(given.env_id.split("-")[0], {})}
+    try:
+        if given.resume:
+            config = Path(given.resume) / "config.json"
+            if not config.is_file():
+                raise InputError(f"--resume {given.resume}: no config.json there; expected the directory of a run")
+            saved = json.loads(config.read_text())
+            defaults = {field.name: saved[field.name] for field in dataclasses.fields(args_class)}
+            defaults["hidden_dims"] = tuple(defaults["hidden_dims"])
+        args = tyro.cli(args_class, default=args_class(**defaults), description=description)
+        print(textwrap.fill(" ".join(f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items()), 118))
+        train(args)
+    except (InputError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
