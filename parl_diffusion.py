@@ -219,8 +219,8 @@ class DiffusionPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, obs, num_samples, seeds=None):
         """obs (B, O) -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i]."""
-        shape = (len(obs), len(self.betas) + 1, num_samples, self.act_dim)
-        noise = common.seeded_normal(shape, seeds, obs.device).unbind(1)  # diffusion_steps + 1 times (B, K, A)
+        shape = (len(obs), len(self.betas), num_samples, self.act_dim)
+        noise = common.seeded_normal(shape, seeds, obs.device).unbind(1)  # per denoising step (B, K, A)
         obs = obs[:, None].expand(-1, num_samples, -1)  # (B, K, O)
         actions = noise[0]
         for step in reversed(range(len(self.betas))):  # DDPM, algorithm 2

@@ -1,0 +1,44 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("parl_*.py"))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Embedded datasets are made once per test session, away from the user's cache."""
+    os.environ["PARL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["WANDB_SILENT"] = "true"
+
+
+@pytest.fixture
+def golden():
+    """golden("1_hl_gauss") -> dict of arrays computed with the released implementation."""
+    return lambda name: dict(np.load(ROOT / "tests" / "golden" / f"{name}.npz"))
+
+
+# The smallest run that goes through all three phases
+SMALL = (
+    "--bc-steps 20 --offline-steps 20 --online-steps 60 --batch-size 16 --num-eval-episodes 2 --eval-every 10 --log-every 5 "
+    "--hidden-dims 16 16 --num-bins 16 --width 16 --policy-utd 1 --critic-utd 1"
+).split()
+
+
+def run_script(script, *flags, cwd=ROOT, check=True, env=None, timeout=300):
+    """Run `python script.py flags` to its end; returns the CompletedProcess with its text."""
+    command = [sys.executable, str(Path(cwd) / f"{script}.py"), *map(str, flags)]
+    result = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
+    )
+    if check and result.returncode != 0:
+        raise AssertionError(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
+    return result
