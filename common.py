@@ -174,7 +174,8 @@ class PointMaze(gym.Wrapper):
     """
 
     def __init__(self, env_id):
-        from gymnasium_robotics.envs.maze import maps, point_maze
+        with contextlib.redirect_stderr(None):  # importing it prints a notice on other environments
+            from gymnasium_robotics.envs.maze import maps, point_maze
 
         layout, self.start_cell, self.goal_cell, _, _ = POINTMAZES[env_id]
         env = point_maze.PointMazeEnv(getattr(maps, layout), continuing_task=False)
@@ -263,7 +264,7 @@ def generate_pointmaze(env_id, num_transitions, seed=0):
 class UniformInterface(gym.Wrapper):
     """Any gymnasium environment with flat float32 observations, actions in [-1, 1] and info["success"].
 
-    Dict observations are flattened with their keys sorted, as gymnasium does. Where an environment reports neither
+    Dict observations are flattened in the order of their space's keys. Where an environment reports neither
     info["success"] nor info["is_success"], an episode that terminates with a positive reward is a success.
     """
 
@@ -296,8 +297,8 @@ def make_env(env_id, render=False):
     if env_id in POINTMAZES:
         return UniformInterface(gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3]), env_id)
     try:
-        return UniformInterface(gym.make(env_id, render_mode="rgb_array" if render else None), env_id)
-    except (gym.error.UnregisteredEnv, gym.error.MalformedID, ModuleNotFoundError) as error:
+        return UniformInterface(gym.make(env_id, **({"render_mode": "rgb_array"} if render else {})), env_id)
+    except (gym.error.Error, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(env_id, [*POINTMAZES, *gym.registry], n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"expected {', '.join(POINTMAZES)} or a gymnasium id"
         raise InputError(f"--env-id {env_id}: {error}; {hint}") from error

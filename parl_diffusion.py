@@ -132,7 +132,6 @@ PRESETS = {
         ensemble_size=2,
         target_rate=0.02,
         critic_lr=1e-3,
-        q_min=-100.0,
         cql_weight=0.1,
         num_samples=8,
         num_keep=3,

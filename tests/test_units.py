@@ -1,0 +1,448 @@
+"""Values worked out by hand. Each test names the fault it would catch."""
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import common
+import parl_diffusion as parl
+
+
+class QuadraticCritic(torch.nn.Module):
+    """Q(s, a) = -|a - s[:A]|^2 for every member but a constant offset per member: the optimum is known."""
+
+    def __init__(self, members=2):
+        super().__init__()
+        self.offset = torch.nn.Parameter(torch.linspace(-1, 1, members))
+
+    def forward(self, obs, actions, members=None):
+        q = -(actions - obs[:, None, : actions.shape[-1]]).square().sum(-1)
+        return q[None] + self.offset[:, None, None], None
+
+
+def make_args(**changes):
+    args = parl.Args(hidden_dims=(16, 16), ensemble_size=3, num_bins=11, q_min=-10.0, q_max=0.0, width=16, num_layers=1)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+def batch_of(size=6, obs_dim=4, act_dim=2):
+    torch.manual_seed(0)
+    batch = {name: torch.randn(size, obs_dim) for name in ("obs", "next_obs")}
+    batch |= {name: torch.rand(size, act_dim) * 2 - 1 for name in ("actions", "policy_actions", "next_policy_actions")}
+    return batch | {"rewards": -torch.ones(size), "masks": torch.ones(size), "mc_returns": -5 * torch.ones(size)}
+
+
+# ---------------------------------------------------------------- action optimisation
+
+
+def test_gradient_steps_climb_to_the_known_optimum():
+    """A wrong sign of the gradient, or candidates that mix, would end elsewhere."""
+    obs = torch.tensor([[0.5, -0.25], [-0.5, 0.75]])
+    args = make_args(num_keep=3, num_gradient_steps=200, action_lr=0.05)
+    actions, q = parl.optimize_actions(QuadraticCritic(), obs, torch.rand(2, 5, 2) * 2 - 1, args)
+    torch.testing.assert_close(actions, obs[:, None].expand(2, 3, 2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(q, torch.zeros(2, 3), atol=1e-4, rtol=0)
+
+
+def test_one_gradient_step_by_hand():
+    """a = 0, optimum 0.5: dQ/da = -2 (0 - 0.5) = 1, so one step of 0.1 goes to 0.1; a sum over the batch or a mean over
+    members in place of either would change the length."""
+    args = make_args(num_keep=1, num_samples=1, num_gradient_steps=1, action_lr=0.1)
+    actions, q = parl.optimize_actions(QuadraticCritic(), torch.tensor([[0.5], [0.5]]), torch.zeros(2, 1, 1), args)
+    torch.testing.assert_close(actions, torch.full((2, 1, 1), 0.1))
+    torch.testing.assert_close(q, torch.full((2, 1), -0.16))
+
+
+def test_keep_best_never_lowers_q():
+    """Returning the last point instead of the best fails where a huge step overshoots."""
+    obs, candidates = torch.zeros(4, 2), torch.rand(4, 6, 2) * 2 - 1
+    args = make_args(num_keep=6, num_gradient_steps=3, action_lr=5.0)
+    critic = QuadraticCritic()
+    actions, q = parl.optimize_actions(critic, obs, candidates, args)
+    before = critic(obs, candidates)[0].mean(0).sort(descending=True).values
+    assert (q.sort(descending=True).values >= before - 1e-6).all()
+    torch.testing.assert_close(q, critic(obs, actions)[0].mean(0))
+
+
+def test_reranking_keeps_the_best_in_order():
+    """A sort along the wrong axis or in the wrong direction changes the order."""
+    obs = torch.zeros(2, 1)
+    candidates = torch.tensor([[0.9, 0.1, -0.5, 0.3], [-0.2, 0.8, 0.4, -0.1]])[..., None]
+    kept = parl.rerank(QuadraticCritic(), obs, candidates, make_args(num_keep=3))
+    torch.testing.assert_close(kept[..., 0], torch.tensor([[0.1, 0.3, -0.5], [-0.1, -0.2, 0.4]]))
+    kept = parl.rerank(QuadraticCritic(), obs, candidates, make_args(num_keep=4))
+    torch.testing.assert_close(kept[..., 0], torch.tensor([[0.1, 0.3, -0.5, 0.9], [-0.1, -0.2, 0.4, 0.8]]))
+
+
+def test_the_batchs_action_replaces_the_worst_kept_one_unless_there_is_only_one():
+    obs, candidates, own = torch.zeros(1, 1), torch.tensor([[[0.9], [0.1], [-0.5]]]), torch.tensor([[0.7]])
+    kept = parl.rerank(QuadraticCritic(), obs, candidates, make_args(num_keep=2), own)
+    torch.testing.assert_close(kept[0, :, 0], torch.tensor([0.1, 0.7]))
+    kept = parl.rerank(QuadraticCritic(), obs, candidates, make_args(num_keep=1), own)
+    torch.testing.assert_close(kept[0, :, 0], torch.tensor([0.1]))
+
+
+def test_no_gradient_is_left_behind():
+    """A backward() in place of autograd.grad would fill parameters' .grad; a missing detach would keep a graph."""
+    args = make_args()
+    critic = parl.Critic(4, 2, args)
+    for parameter in critic.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    actions, q = parl.optimize_actions(critic, torch.randn(3, 4), torch.rand(3, 32, 2), args)
+    assert not actions.requires_grad and not q.requires_grad
+    assert all((parameter.grad == 7.0).all() for parameter in critic.parameters())
+    parl.optimization_info(critic, torch.randn(3, 4), torch.rand(3, 32, 2), args)
+    assert all((parameter.grad == 7.0).all() for parameter in critic.parameters())
+
+
+def test_actions_stay_in_bounds():
+    obs = torch.full((2, 2), 5.0)  # the optimum is outside
+    actions, _ = parl.optimize_actions(
+        QuadraticCritic(), obs, torch.rand(2, 8, 2), make_args(num_samples=8, num_keep=4, action_lr=1.0)
+    )
+    assert actions.max() == 1.0 and actions.min() >= -1.0
+
+
+def test_choose_takes_the_best_and_draws_from_softmax():
+    actions, q = torch.tensor([[[1.0], [2.0], [3.0]]]).expand(4000, 3, 1), torch.tensor([[0.0, math.log(3), -50.0]])
+    assert (parl.choose(actions, q.expand(4000, 3)) == 2.0).all()
+    torch.manual_seed(0)
+    drawn = parl.choose(actions, q.expand(4000, 3), sample=True)
+    assert abs((drawn == 2.0).float().mean() - 0.75) < 0.03 and not (drawn == 3.0).any()
+
+
+def test_optimization_info_by_hand():
+    obs, samples = torch.zeros(1, 1), torch.tensor([[[0.4], [0.2], [-1.0]]])
+    args = make_args(num_samples=3, num_keep=2, num_gradient_steps=1, action_lr=0.25)
+    info = parl.optimization_info(QuadraticCritic(), obs, samples, args)  # a <- a - 0.25 * 2a = a / 2
+    expected = {"opt/q_before": -0.4, "opt/q_after": -0.01, "opt/improvement": 0.39, "opt/l1_move": 0.15}
+    expected |= {"opt/grad_norm": 0.6, "opt/tokens_changed": 1.0}
+    for name, value in expected.items():
+        assert float(info[name]) == pytest.approx(value, abs=1e-6), name
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_calibration_raises_policy_actions_only():
+    """Return 0 is above every value: only policy actions may rise to it. By hand, for a critic that is -5 everywhere:
+    log(n e^-5 + 2n e^0 + e^-5) - log(3n + 1) + 5."""
+    args = make_args(cql_n_actions=4)
+    critic = parl.Critic(4, 2, args)
+    for parameter in critic.parameters():
+        parameter.data.zero_()  # uniform over the bins: the mean of [-10, 0]
+    batch = {**batch_of(), "mc_returns": torch.zeros(6)}
+    _, info = parl.critic_loss(critic, critic, batch, args)
+    expected = math.log(4 * math.exp(-5) + 8 * math.exp(0) + math.exp(-5)) - math.log(13) + 5
+    assert float(info["critic/cql_loss"]) == pytest.approx(expected, abs=1e-4)
+    assert float(info["critic/calibration_rate"]) == 1.0
+    _, info = parl.critic_loss(critic, critic, {**batch, "mc_returns": torch.full((6,), -9.0)}, args)
+    assert float(info["critic/cql_loss"]) == pytest.approx(0.0, abs=1e-4)
+    assert float(info["critic/calibration_rate"]) == 0.0
+
+
+def test_td_target_stops_at_terminals_and_has_no_gradient():
+    """mask 0: the target is the reward alone, whatever the next state is worth."""
+    args = make_args(num_bins=0, cql_weight=0.0, discount=0.9)
+    critic = parl.Critic(4, 2, args)
+    critic.head_weight.data.zero_()
+    critic.head_bias.data.fill_(-4.0)
+    batch = {**batch_of(2), "masks": torch.tensor([0.0, 1.0]), "rewards": torch.tensor([0.0, -1.0])}
+    loss, info = parl.critic_loss(critic, critic, batch, args)
+    expected = ((-4 - 0) ** 2 + (-4 - (-1 + 0.9 * -4)) ** 2) / 2
+    assert float(info["critic/td_loss"]) == pytest.approx(expected, rel=1e-5)
+    loss.backward()  # residual of the semi-gradient: 2 * mean(q - y), had the target leaked it would be smaller
+    assert float(critic.head_bias.grad) == pytest.approx(2 * (-4 + 0.6) / 2, rel=1e-5)
+
+
+def test_critic_learns_with_scalar_values_too():
+    args = make_args(num_bins=0)
+    q, logits = parl.Critic(4, 2, args)(torch.randn(3, 4), torch.rand(3, 5, 2))
+    assert q.shape == (3, 3, 5) and logits is None
+
+
+def test_members_are_independent_but_for_the_head():
+    args = make_args()
+    critic = parl.Critic(4, 2, args)
+    q, logits = critic(torch.randn(3, 4), torch.rand(3, 5, 2))
+    assert q.shape == (3, 3, 5) and logits.shape == (3, 3, 5, 11)
+    (gradient,) = torch.autograd.grad(q[1].sum(), critic.weights[0])
+    assert gradient[1].abs().sum() > 0 and gradient[[0, 2]].abs().sum() == 0
+
+
+def test_learning_rate_schedule():
+    args = make_args(policy_warmup_steps=2000)
+    assert parl.learning_rate(1.0, 0, 100, args) == 0  # the first update has none, as released
+    assert parl.learning_rate(1.0, 5, 100, args) == pytest.approx(0.5)  # warm-up is capped at 10 of 100
+    assert parl.learning_rate(1.0, 50, 100, args) == 1
+    assert parl.learning_rate(1.0, 50, 100, args, cosine=True) == pytest.approx(0.5)
+    assert parl.learning_rate(1.0, 100_000, 10**6, args) == 1
+    assert parl.learning_rate(1.0, 1000, 10**6, args) == pytest.approx(0.5)
+
+
+def test_value_range():
+    args = make_args(q_min=None, q_max=None, discount=0.99)
+    assert parl.value_range(np.array([-2.0, 3.0]), args) == pytest.approx((-200, 300))
+    args.sparse_reward, args.reward_bias = True, -1.0
+    assert parl.value_range(np.array([-1.0, 0.0]), args) == pytest.approx((-100, 0))
+    assert parl.value_range(np.array([]), args) == pytest.approx((-100, 0))
+    args.q_min = -7.0
+    assert parl.value_range(np.array([-1.0]), args) == (-7.0, 0)
+    with pytest.raises(common.InputError, match="--q-min"):
+        parl.value_range(np.array([]), make_args(q_min=None, q_max=None))
+
+
+# ---------------------------------------------------------------- policy and cache
+
+
+def test_policy_interface():
+    args = make_args()
+    policy = parl.DiffusionPolicy(4, 2, args).eval()
+    obs = torch.randn(5, 4)
+    actions = policy.sample(obs, 3)
+    assert actions.shape == (5, 3, 2) and actions.abs().max() <= 1 and not actions.requires_grad
+    assert policy.loss(obs, actions[:, 0]).shape == ()
+    # seeds: a row depends on its seed alone, wherever it stands
+    seeds = [(1, i) for i in range(5)]
+    torch.testing.assert_close(policy.sample(obs, 3, seeds)[[2]], policy.sample(obs[[2]], 3, seeds[2:3]))
+    assert not torch.equal(policy.sample(obs, 3, seeds), policy.sample(obs, 3, [(2, i) for i in range(5)]))
+
+
+def test_policy_learns_a_constant_action():
+    """The loss's minimum is the data: a wrong sign or a wrong schedule would sample elsewhere."""
+    torch.manual_seed(0)
+    args = make_args(dropout=0.0, policy_ema_rate=0.05)
+    policy = parl.DiffusionPolicy(3, 2, args)
+    average = copy.deepcopy(policy).eval()
+    optimizer = torch.optim.Adam(policy.parameters())
+    target = torch.tensor([0.5, -0.25])
+    for _ in range(400):
+        obs = torch.randn(64, 3)
+        parl.update_policy(policy, average, optimizer, obs, target.expand(64, 2), 3e-3, args)
+    samples = average.sample(torch.randn(64, 3), 4)
+    assert (samples - target).abs().mean() < 0.1
+
+
+def test_sample_cache_agrees_with_itself_and_leaves_the_generator_alone():
+    args = make_args(num_samples=4, batch_size=8, offline_steps=100)
+    policy, states = parl.DiffusionPolicy(4, 2, args).eval(), torch.randn(30, 4)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second = parl.SampleCache(policy, states, args), parl.SampleCache(policy, states, args)
+    assert torch.equal(torch.rand(1), expected)
+    rows = torch.tensor([3, 7])
+    batch = {"state_rows": rows, "obs": states[rows], "next_obs": states[rows + 1]}
+    assert first(batch).shape == (4, 4, 2) and torch.equal(first(batch), second(batch))
+    args.sample_cache_gb = 0.0
+    uncached = parl.SampleCache(policy, states, args)
+    assert not torch.equal(uncached(batch), uncached(batch))
+
+
+# ---------------------------------------------------------------- returns, buffer, datasets
+
+
+def test_returns_by_hand():
+    close = pytest.approx
+    assert common.mc_returns([-1, -1, 0], [1, 1, 0], 0.5) == close([-1.5, -1, 0])
+    assert common.mc_returns([1, 2], [1, 1], 0.5) == close([2, 2])  # a time limit: nothing is bootstrapped
+    assert common.mc_returns([-1, -1], [1, 1], 0.98, sparse=True) == close([-50, -50])  # failed: costs for ever
+    assert common.mc_returns([-1, -1], [1, 0], 0.98, sparse=True) == close([-50, -50])  # also if it ended in failure
+    assert common.mc_returns([-1, 0], [1, 0], 0.98, sparse=True) == close([-1, 0])
+
+
+def test_buffer_pairs_states_with_their_successors():
+    buffer = common.ReplayBuffer(1, 1)
+    for start in (0, 100):
+        observations = np.arange(start, start + 4, dtype=np.float32)[:, None]
+        buffer.add_episode(observations, np.full((3, 1), 2.0), np.arange(3), [1, 1, 0], np.zeros(3))
+    assert len(buffer) == 6 and buffer.num_states == 8
+    batch = buffer.sample(1000, np.random.default_rng(0))
+    assert torch.equal(batch["next_obs"], batch["obs"] + 1)
+    assert set(batch["obs"][:, 0].tolist()) == {0, 1, 2, 100, 101, 102}
+    assert torch.equal(batch["masks"], (batch["rewards"] < 2).float())
+    assert batch["actions"].max() == pytest.approx(0.99999)
+    assert torch.equal(torch.from_numpy(buffer.states)[batch["state_rows"]], batch["obs"])
+    copied = common.ReplayBuffer(1, 1)
+    copied.load_state_dict(buffer.state_dict())
+    again = copied.sample(1000, np.random.default_rng(0))
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    with pytest.raises(ValueError, match="L \\+ 1"):
+        buffer.add_episode(np.zeros((3, 1)), np.zeros((3, 1)), np.zeros(3), np.zeros(3), np.zeros(3))
+
+
+def test_buffer_grows():
+    buffer = common.ReplayBuffer(2, 1)
+    for i in range(50):
+        buffer.add_episode(np.full((101, 2), i), np.zeros((100, 1)), np.full(100, i), np.ones(100), np.zeros(100))
+    assert len(buffer) == 5000 and buffer.num_states == 5050
+    assert (buffer.rewards[:5000] == np.repeat(np.arange(50), 100)).all()
+    assert (buffer.states[buffer.state_rows[:5000], 0] == np.repeat(np.arange(50), 100)).all()
+
+
+def arrays(n, **changes):
+    data = dict(
+        observations=np.arange(n, dtype=np.float32)[:, None], actions=np.zeros((n, 1)), rewards=np.zeros(n),
+        terminals=np.zeros(n, bool), timeouts=np.zeros(n, bool),
+    )  # fmt: skip
+    return data | changes
+
+
+def test_split_without_next_observations_drops_what_is_not_known():
+    ends = np.array([0, 0, 1, 0, 0, 0], bool)
+    assert common.split_episodes(arrays(6, terminals=ends))[0] == [(0, 3), (3, 5)]  # the end of the file
+    assert common.split_episodes(arrays(6, timeouts=ends))[0] == [(0, 2), (3, 5)]  # the row at a timeout
+
+
+def test_split_with_next_observations_keeps_all_and_sees_jumps():
+    following = np.array([1, 2, 50, 4, 5, 6], np.float32)[:, None]
+    episodes, next_observations = common.split_episodes(arrays(6, next_observations=following))
+    assert episodes == [(0, 3), (3, 6)]
+    assert next_observations[2, 0] == 50
+
+
+def test_load_dataset_cuts_at_success_and_scales(tmp_path):
+    path = tmp_path / "data.npz"
+    n = 8
+    data = arrays(n, observations=np.zeros((n, 4)), actions=np.zeros((n, 2)))
+    data["rewards"] = np.array([0, 0, 1, 0, 0, 0, 0, 0.0])
+    data["timeouts"] = np.arange(n) == n - 1
+    np.savez(path, **data, next_observations=np.zeros((n, 4)))
+    buffer = common.load_dataset("pointmaze-umaze-play", path, 1.0, -1.0, 0.9, sparse=True)
+    assert buffer.masks[:8].tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+    assert buffer.rewards[:8].tolist() == [-1, -1, 0, -1, -1, -1, -1, -1]
+    assert buffer.mc_returns[:8] == pytest.approx([-1.9, -1, 0, *[-10] * 5], rel=1e-5)
+
+
+class Countdown(gym.Env):
+    """Ends after a number of steps drawn at reset; the action's first number is the reward. Bounds are not [-1, 1]."""
+
+    observation_space = gym.spaces.Dict({"b": gym.spaces.Box(-99, 99, (2,)), "a": gym.spaces.Box(-99, 99, (1,))})
+    action_space = gym.spaces.Box(np.array([0, -4], np.float32), np.array([10, 4], np.float32))
+
+    def obs(self):
+        return {"b": np.array([self.left, 0], np.float32), "a": np.array([7], np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, 30))
+        return self.obs(), {}
+
+    def step(self, action):
+        self.left -= 1
+        self.taken = action
+        return self.obs(), float(action[0]), self.left == 0, False, {"is_success": self.left == 0 and action[0] > 5}
+
+
+gym.register("Countdown-v0", entry_point=Countdown)
+
+
+def test_any_environment_is_flattened_and_rescaled():
+    env = common.make_env("Countdown-v0")
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.shape == (3,) and env.action_space.shape == (2,) and obs.dtype == np.float32
+    assert obs[0] == 7  # a space made from a dict has its keys sorted
+    env.step(np.array([-1.0, 1.0]))
+    np.testing.assert_allclose(env.unwrapped.taken, [0, 4])
+    env.step(np.array([0.5, 0.0]))
+    np.testing.assert_allclose(env.unwrapped.taken, [7.5, 0])
+
+
+def test_evaluation_is_the_same_with_1_and_8_environments():
+    """Episode lengths differ, so an order of finishing that leaked into the result would show."""
+
+    def act(obs, keys):
+        return np.stack([np.random.default_rng(key).uniform(-1, 1, 2) for key in keys])
+
+    seeds = np.arange(100, 121)
+    one = common.run_episodes([common.make_env("Countdown-v0")], act, seeds)
+    eight = common.run_episodes([common.make_env("Countdown-v0") for _ in range(8)], act, seeds)
+    for name in one:
+        np.testing.assert_array_equal(one[name], eight[name])
+    assert len(set(one["length"])) > 5 and 0 < one["success"].mean() < 1
+
+
+def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments():
+    args = make_args(num_samples=4, num_keep=2, num_gradient_steps=1)
+    policy, critic = parl.DiffusionPolicy(4, 2, args).eval(), parl.Critic(4, 2, args)
+
+    def act(obs, keys):
+        return parl.act(policy, critic, torch.from_numpy(obs), args, keys).numpy()
+
+    env_id = "pointmaze-umaze-play"
+    one, eight = (common.evaluate([common.make_env(env_id) for _ in range(n)], act, 8) for n in (1, 8))
+    assert one == eight
+
+
+def test_means_over_episodes():
+    class Fixed(gym.Env):
+        def reset(self, seed=None, options=None):
+            self.seed, self.t = seed - common.EVALUATION_SEED, 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            done = self.t == 2 + self.seed
+            return np.zeros(1, np.float32), 1.0, done, False, {"success": done and self.seed % 2 == 0}
+
+    means = common.evaluate([Fixed()], lambda obs, keys: np.zeros((len(obs), 1)), 4, "x/")
+    assert means == {"x/success_rate": 0.5, "x/return": 3.5, "x/length": 3.5, "x/steps_to_goal": 3.0}
+
+
+# ---------------------------------------------------------------- PointMaze
+
+
+def test_pointmaze_facts():
+    for env_id, (_, _, goal_cell, horizon, _) in common.POINTMAZES.items():
+        env = common.make_env(env_id)
+        maze = env.unwrapped
+        first, again = env.reset(seed=3)[0], env.reset(seed=3)[0]
+        np.testing.assert_array_equal(first, again)
+        starts = np.stack([env.reset(seed=i)[0] for i in range(40)])
+        centre = maze.maze.cell_rowcol_to_xy(np.array(common.POINTMAZES[env_id][1]))
+        assert np.abs(starts[:, :2] - centre).max() <= 0.25 and starts[:, :2].std(0).min() > 0.1
+        assert (starts[:, 2:] == 0).all()
+        np.testing.assert_array_equal(maze.goal, maze.maze.cell_rowcol_to_xy(np.array(goal_cell)))
+        steps = [env.step(np.zeros(2, np.float32)) for _ in range(horizon)]
+        assert not any(step[2] for step in steps) and [step[3] for step in steps].index(True) == horizon - 1
+        maze.point_env.set_state(maze.goal + [0.44, 0], np.zeros(2))
+        _, reward, terminated, _, info = env.step(np.zeros(2, np.float32))
+        assert (reward, terminated, info["success"]) == (1.0, True, True)
+
+
+def test_pointmaze_dynamics_are_12_hz():
+    env = common.make_env("pointmaze-umaze-play")
+    env.reset(seed=0)
+    point = env.unwrapped.point_env
+    before = point.data.time
+    env.step(np.array([1.0, 0.0]))
+    assert point.data.time - before == pytest.approx(0.08)
+
+
+def test_pointmaze_leaves_no_file_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    common.make_env("pointmaze-umaze-play")
+    assert not list(tmp_path.iterdir())
+
+
+def test_shortest_path():
+    walls = np.array([[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]], bool)
+    assert common.shortest_path(walls, (1, 1), (3, 1)) == [(1, 1), (1, 2), (2, 2), (3, 2), (3, 1)]
+    assert common.shortest_path(walls, (1, 1), (1, 1)) == [(1, 1)]
+
+
+def test_embedded_data_is_deterministic_and_consistent():
+    first, again = (common.generate_pointmaze("pointmaze-umaze-play", 600, seed=1) for _ in range(2))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    other = common.generate_pointmaze("pointmaze-umaze-play", 600, seed=2)
+    assert not np.array_equal(first["actions"][:100], other["actions"][:100])
+    assert (first["rewards"] == first["terminals"]).all() and first["terminals"].any()
+    goal = np.array([-1.0, 1.0])
+    reached = np.linalg.norm(first["next_observations"][:, :2] - goal, axis=1) <= 0.45
+    assert (reached == first["terminals"]).all()
