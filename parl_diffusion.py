@@ -57,7 +57,7 @@ class Args:
     seed: int = 0  # of everything random but the embedded data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     num_threads: int = 0  # CPU threads of torch; 0: all cores. Small networks are fastest with 1
-    compile: bool = False  # torch.compile the losses and the action optimisation
+    compile: bool = False  # torch.compile the critic's and the policy's update
     # phases
     bc_steps: int = 3_000_000  # gradient steps of behaviour cloning
     offline_steps: int = 1_000_000  # critic updates of offline RL; 0: pure online
@@ -125,7 +125,7 @@ PRESETS = {
         discount=0.98,
         bc_steps=2000,
         offline_steps=2000,
-        online_steps=600,
+        online_steps=500,
         online_episodes=None,
         num_threads=1,
         hidden_dims=(128, 128),
@@ -137,7 +137,7 @@ PRESETS = {
         num_keep=3,
         num_gradient_steps=3,
         action_lr=5e-3,
-        eval_every=1000,
+        eval_every=500,
         log_every=100,
         bc_lr=1e-3,
         distill_lr=3e-4,
@@ -264,13 +264,16 @@ def hl_gauss(target, args):
 
 def value_range(rewards, args):
     """(q_min, q_max): the flags where given, else what the (scaled) rewards (N,) could add up to for ever."""
-    rewards = (
-        np.minimum([*rewards[:1], rewards.min(initial=args.reward_bias), 0.0], 0.0) if args.sparse_reward else rewards
-    )
+    if args.sparse_reward:
+        rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
     low, high = np.min(rewards, initial=0.0) / (1 - args.discount), np.max(rewards, initial=0.0) / (1 - args.discount)
-    return float(low) if args.q_min is None else args.q_min, float(high) if args.q_max is None else args.q_max
+    low = float(low) if args.q_min is None else args.q_min
+    high = float(high) if args.q_max is None else args.q_max
+    if low >= high:
+        raise InputError(f"--q-min {low}: expected less than --q-max {high}")
+    return low, high
 
 
 class Critic(nn.Module):
@@ -566,6 +569,10 @@ def train(args: Args) -> Path:
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
 
+    improve_critic, improve_policy = update_critic, update_policy
+    if args.compile:
+        improve_critic, improve_policy = torch.compile(update_critic), torch.compile(update_policy)
+
     # The run's files; a policy to start from; a run to continue
     run = common.Run(args, Path(__file__).stem, obs_dim, act_dim, generator)
     if args.policy_checkpoint:
@@ -610,7 +617,7 @@ def train(args: Args) -> Path:
             samples = policy_ema.sample(batch["obs"], args.num_samples)
             actions, q = optimize_actions(critic, batch["obs"], samples, args, batch["actions"])
             chosen = choose(actions, q, sample=not args.distill_argmax)
-            loss = update_policy(policy, policy_ema, policy_optimizer, batch["obs"], chosen, lr, args)
+            loss = improve_policy(policy, policy_ema, policy_optimizer, batch["obs"], chosen, lr, args)
             run.average({"policy/distill_loss": loss})
 
     if args.eval_only:
@@ -621,7 +628,7 @@ def train(args: Args) -> Path:
     for step in run.steps("bc", args.bc_steps, evaluate):
         batch = draw_batch(args.batch_size)
         lr = learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)
-        loss = update_policy(policy, policy_ema, policy_optimizer, batch["obs"], batch["actions"], lr, args)
+        loss = improve_policy(policy, policy_ema, policy_optimizer, batch["obs"], batch["actions"], lr, args)
         run.average({"policy/bc_loss": loss})
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
@@ -634,7 +641,7 @@ def train(args: Args) -> Path:
         batch = draw_batch(args.batch_size)
         samples = cache(batch)
         with run.timed("time/critic_ms"):
-            run.average(update_critic(critic, target_critic, critic_optimizer, batch, samples, args))
+            run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
     if args.offline_distill_steps and counters["distill"] == 0:
         policy_optimizer.state.clear()
     for step in run.steps("distill", args.offline_distill_steps, evaluate):
@@ -659,7 +666,7 @@ def train(args: Args) -> Path:
             with run.timed("time/critic_ms"):
                 batch = draw_batch(math.floor(args.batch_size * args.offline_ratio))
                 samples = policy_ema.sample(torch.cat([batch["obs"], batch["next_obs"]]), args.num_samples)
-                run.average(update_critic(critic, target_critic, critic_optimizer, batch, samples, args))
+                run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
         run.record(episode, args.critic_utd * len(rewards))
     run.finish()
     return run.directory

@@ -1,0 +1,243 @@
+"""What every script promises: its interface, its errors, what it is made of."""
+
+import ast
+import csv
+import importlib
+import inspect
+import re
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, SMALL, run_script
+
+import common
+
+POLICIES = {
+    "parl_gaussian": "GaussianPolicy",
+    "parl_diffusion": "DiffusionPolicy",
+    "parl_transformer": "TransformerPolicy",
+    "parl_openvla": "OpenVLAPolicy",
+}
+BANNERS = ["POLICY", "CRITIC", "ACTION OPTIMISATION", "LOSSES", "TRAIN"]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+def test_interface(script):
+    module = importlib.import_module(script)
+    assert list(inspect.signature(getattr(module, POLICIES[script]).sample).parameters)[:3] == [
+        "self",
+        "obs",
+        "num_samples",
+    ]
+    assert list(inspect.signature(module.optimize_actions).parameters) == [
+        "critic", "obs", "candidates", "args", "dataset_actions"
+    ]  # fmt: skip
+    assert list(inspect.signature(module.critic_loss).parameters) == [
+        "critic", "target_critic", "batch", "args", "random_actions", "td_members", "cql_members"
+    ]  # fmt: skip
+    for family, preset in module.PRESETS.items():
+        module.check(module.Args(**preset))
+        assert set(preset) <= set(vars(module.Args())), family
+
+
+def test_sections_stand_in_order(script):
+    source = (ROOT / f"{script}.py").read_text()
+    positions = [source.index("class Args"), source.index("PRESETS = {")]
+    positions += [source.index(f"= {banner} =") for banner in BANNERS]
+    assert positions == sorted(positions)
+
+
+def test_no_work_at_import_and_nothing_of_ours_but_common(script):
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert "common" in imported and not any(name.startswith("parl_") for name in imported)
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.If, ast.Expr)
+    assert all(isinstance(node, allowed) for node in tree.body)
+
+
+def test_every_flag_is_read(script):
+    """A flag that nothing reads is the released code's best-known trap."""
+    module = importlib.import_module(script)
+    text = (ROOT / f"{script}.py").read_text() + (ROOT / "common.py").read_text()
+    unread = [name for name in vars(module.Args()) if not re.search(rf"args\.{name}\b|\"{name}\"", text)]
+    assert unread == []
+
+
+def test_readme_explains_every_column():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in common.COLUMNS if f"`{name}`" not in readme] == []
+
+
+def test_readme_lists_every_difference():
+    """Each NOTE(differs) tag of the code stands, word for word, in the README."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for path in sorted(ROOT.glob("*.py")):
+        for note in re.findall(
+            r"NOTE\(differs\): (.*?)(?=\n\s*\n|\n\s*\"\"\"|\n\s*(?!#)\w+ = |\"\"\"|$)", path.read_text(), re.S
+        ):
+            sentence = " ".join(re.sub(r"\n\s*#?\s*", " ", note).split()).split("). ")[0].rstrip(".)")
+            assert sentence in readme, f"{path.name}: {sentence}"
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def write_dataset(path, n=40, **changes):
+    rng = np.random.default_rng(0)
+    data = dict(
+        observations=rng.normal(size=(n, 4)),
+        actions=rng.uniform(-1, 1, (n, 2)),
+        rewards=(np.arange(n) == n - 1).astype(float),
+        terminals=np.arange(n) == n - 1,
+        timeouts=np.zeros(n, bool),
+    )
+    for key, value in changes.items():
+        if value is None:
+            del data[key]
+        else:
+            data[key] = value(data[key]) if callable(value) else value
+    if path.suffix == ".npz":
+        np.savez(path, **data)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, value in data.items():
+                file[key] = value
+    return path
+
+
+def poke(index, value):
+    def change(array):
+        array = array.astype(float)
+        array[index] = value
+        return array
+
+    return change
+
+
+BAD_DATA = {
+    "missing key": (dict(actions=None), "missing actions"),
+    "unequal lengths": (dict(terminals=lambda x: x[:-1]), r"terminals has shape \(39,\); expected \(40,\)"),
+    "NaN": (dict(observations=poke(7, np.nan)), r"observations\[7\]"),
+    "inf": (dict(rewards=poke(3, np.inf)), r"rewards\[3\]"),
+    "actions outside": (dict(actions=poke(5, 1.5)), r"actions\[5\]"),
+    "wrong rank": (dict(observations=lambda x: x[:, 0]), r"observations has shape \(40,\); expected \(40, 4\)"),
+    "wrong dtype": (dict(actions=lambda x: x.astype("S8")), "actions has dtype"),
+    "zero rows": (
+        dict.fromkeys(("observations", "actions", "rewards", "terminals", "timeouts"), lambda x: x[:0]),
+        "0 transitions",
+    ),
+    "another observation size": (dict(observations=lambda x: x[:, :3]), r"\(40, 3\); expected \(40, 4\)"),
+    "another action size": (dict(actions=lambda x: x[:, :1]), r"\(40, 1\); expected \(40, 2\)"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_dataset(case, suffix, tmp_path):
+    changes, message = BAD_DATA[case]
+    path = write_dataset(tmp_path / f"data{suffix}", **changes)
+    with pytest.raises(common.InputError, match=message) as error:
+        common.load_dataset("pointmaze-umaze-play", path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_dataset_files(tmp_path):
+    good = write_dataset(tmp_path / "good.hdf5")
+    assert len(common.load_dataset("pointmaze-umaze-play", good)) == 40
+    truncated, text = tmp_path / "truncated.hdf5", tmp_path / "text.npz"
+    truncated.write_bytes(good.read_bytes()[:1000])
+    text.write_text("hello")
+    pickled = tmp_path / "pickled.npz"
+    np.savez(pickled, observations=np.array([{}], dtype=object))
+    for path, message in [
+        (tmp_path / "none.hdf5", "no such file"),
+        (tmp_path, "is a directory"),
+        (truncated, "cannot be read as HDF5"),
+        (text, "cannot be read as npz"),
+        (pickled, "cannot be read as npz"),  # nothing is unpickled
+    ]:
+        with pytest.raises(common.InputError, match=message):
+            common.load_dataset("pointmaze-umaze-play", path)
+
+
+def test_no_success_anywhere_is_a_warning(tmp_path, capsys):
+    path = write_dataset(tmp_path / "data.npz", rewards=np.zeros(40))
+    common.load_dataset("pointmaze-umaze-play", path, 1.0, -1.0, 0.99, sparse=True)
+    assert "no success anywhere" in capsys.readouterr().err
+
+
+BAD_FLAGS = {
+    "--env-id pointmaze-umaze-pley": "did you mean pointmaze-umaze-play",
+    "--env-id CartPole-v1": "expected a bounded Box action space",
+    "--env-id no_such_module:Env-v0": "no_such_module",
+    "--env-id Pendulum-v1": "--dataset-path FILE",
+    "--env-id Pendulum-v1 --bc-steps 0 --offline-ratio 0": "--q-min --q-max: expected both",
+    "--dataset-path nowhere.hdf5": "nowhere.hdf5: no such file",
+    "--num-keep 9 --num-samples 8": "--num-keep 9: expected between 1 and 8",
+    "--num-samples 0": "--num-samples 0: expected at least 1",
+    "--bc-steps -1": "--bc-steps -1: expected at least 0",
+    "--offline-steps -1": "--offline-steps -1: expected at least 0",
+    "--offline-ratio 1.5": "--offline-ratio 1.5: expected between 0 and 1",
+    "--discount 1": "--discount 1.0: expected between 0",
+    "--eval-only": "--eval-only: expected --resume RUN",
+    "--resume nowhere": "--resume nowhere: no config.json",
+    "--policy-checkpoint nowhere.pt": "--policy-checkpoint nowhere.pt: no such file",
+    "--q-min 5 --q-max 0": "--q-min 5.0: expected less than --q-max",
+}
+if not torch.cuda.is_available():
+    BAD_FLAGS["--device cuda"] = "--device cuda: torch finds no GPU"
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags(flags, capsys, monkeypatch, tmp_path):
+    """In this process, as `python script.py flags` would: one line on stderr, exit status 1, no run directory."""
+    module = importlib.import_module(SCRIPTS[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [SCRIPTS[0], *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        common.main(module.train, module.Args, module.PRESETS, module.__doc__)
+    assert str(stop.value).startswith("error: ") and BAD_FLAGS[flags] in str(stop.value)
+    assert "\n" not in str(stop.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_flags_and_bad_checkpoints(script, tmp_path):
+    assert run_script(script, "--no-such-flag", 1, check=False).returncode == 2
+    notes = tmp_path / "notes.pt"
+    notes.write_text("not a checkpoint")
+    result = run_script(script, *SMALL, "--policy-checkpoint", notes, "--run-dir", tmp_path / "run", check=False)
+    assert result.returncode == 1 and "error: --policy-checkpoint" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_run_writes_only_known_columns(tmp_path):
+    run = common.Run(
+        importlib.import_module(SCRIPTS[0]).Args(run_dir=str(tmp_path)), "x", 1, 1, np.random.default_rng(0)
+    )
+    run.begin()
+    run.log({"eval/return": 1.0})
+    with pytest.raises(KeyError, match="no/such"):
+        run.log({"no/such": 1.0})
+    with open(tmp_path / "metrics.csv") as file:
+        assert [row["eval/return"] for row in csv.DictReader(file)] == ["1"]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
+    run = common.Run(
+        importlib.import_module(SCRIPTS[0]).Args(run_dir=str(tmp_path)), "x", 1, 1, np.random.default_rng(0)
+    )
+    run.begin()
+    run.average({"critic/loss": torch.tensor(1.0)})
+    run.save()
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    run.average({"critic/loss": torch.tensor(float("nan"))})
+    with pytest.raises(FloatingPointError, match="critic/loss"):
+        run.save()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
+    assert not list(tmp_path.glob(".*.partial"))

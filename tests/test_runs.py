@@ -1,0 +1,285 @@
+"""Whole runs of every script, as a user starts them."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, SMALL, run_script
+
+import common
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """finished(script): the directory of a small run that went to its end, made once per script."""
+    directories = {}
+
+    def get(script):
+        if script not in directories:
+            directory = tmp_path_factory.mktemp(script) / "run"
+            result = run_script(script, *SMALL, "--run-dir", directory)
+            (directory / "stdout.txt").write_text(result.stdout)
+            directories[script] = directory
+        return directories[script]
+
+    return get
+
+
+def metrics(directory):
+    """metrics.csv without what depends on the clock."""
+    with open(directory / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
+
+
+def assert_same(first, second, path=""):
+    """Bit for bit, through dicts, lists and tensors; `seconds` are the clock's."""
+    assert type(first) is type(second), path
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), path
+        for key in first:
+            if key not in ("seconds", "args") and not str(key).startswith("time/"):
+                assert_same(first[key], second[key], f"{path}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), path
+        for i, (one, two) in enumerate(zip(first, second, strict=True)):
+            assert_same(one, two, f"{path}/{i}")
+    elif torch.is_tensor(first):
+        assert torch.equal(first, second), path
+    else:
+        assert first == second, path
+
+
+def load(directory):
+    return torch.load(directory / "checkpoint.pt", weights_only=True)
+
+
+def test_a_run_leaves_its_files(script, finished):
+    directory = finished(script)
+    rows = common.read_metrics(directory / "metrics.csv")
+    phases = [row["phase"] for row in rows]
+    assert list(dict.fromkeys(phases)) == ["bc", "offline", "online"]
+    assert [row["gradient_step"] for row in rows if row["phase"] == "bc"] == [5, 10, 15, 20]
+    assert all("eval/policy_success_rate" in row for row in rows if row["gradient_step"] in (10, 20, 30, 40))
+    assert not any("eval/success_rate" in row for row in rows if row["phase"] == "bc")  # there is no critic yet
+    last = rows[-1]
+    assert last["env_step"] >= 60 and last["episode"] >= 1
+    filled = {
+        "eval/success_rate",
+        "train/return",
+        "train/regret",
+        "critic/loss",
+        "policy/distill_loss",
+        "opt/improvement",
+    }
+    assert filled <= set(last) and last["opt/improvement"] >= 0
+    for before, after in pairwise([row for row in rows if row["phase"] == "online"]):
+        assert after["env_step"] - before["env_step"] == after["train/length"]
+        assert after["gradient_step"] - before["gradient_step"] == after["train/length"]
+    config = json.loads((directory / "config.json").read_text())
+    assert config["bc_steps"] == 20 and config["q_min"] == pytest.approx(-50) and len(config["dataset_sha256"]) == 64
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(directory.glob(".*.partial"))
+    stdout = (directory / "stdout.txt").read_text()
+    assert "--num-samples=8" in stdout and stdout.index("steps to goal") > 0
+    checkpoint = load(directory)
+    assert checkpoint["script"] == script and checkpoint["counters"]["env_step"] == last["env_step"]
+
+
+def interrupt(script, directory, phase, number):
+    """Start a run, send it a signal `number` once its checkpoint is in `phase`, return its exit status."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *SMALL, "--run-dir", str(directory)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if (directory / "metrics.csv").exists() and f"\n{phase}," in (directory / "metrics.csv").read_text():
+            break
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("phase", ["bc", "offline", "online"])
+def test_killed_and_resumed_equals_uninterrupted(phase, finished, tmp_path):
+    check_kill("parl_diffusion", phase, finished, tmp_path)
+
+
+@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "parl_diffusion"])
+def test_killed_and_resumed_others(other, finished, tmp_path):
+    check_kill(other, "offline", finished, tmp_path)
+
+
+def check_kill(script, phase, finished, tmp_path):
+    directory = tmp_path / "killed"
+    code, _ = interrupt(script, directory, phase, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    with open(directory / "metrics.csv", "a") as file:
+        file.write("offline,9999,0,0\noff")  # rows past the checkpoint, the last one half-written
+    if not (directory / "checkpoint.pt").exists():  # killed before the first one: starts over
+        shutil.rmtree(directory)
+        run_script(script, *SMALL, "--run-dir", directory)
+    else:
+        run_script(script, "--resume", directory)
+    assert metrics(directory) == metrics(finished(script))
+    assert_same(load(directory), load(finished(script)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", ["bc", "offline", "online"])
+def test_signals_save_and_exit_cleanly(number, phase, finished, tmp_path):
+    if number == signal.SIGINT and phase != "offline":
+        pytest.skip("SIGINT shares SIGTERM's path; once is enough")
+    directory = tmp_path / "stopped"
+    code, output = interrupt("parl_diffusion", directory, phase, number)
+    assert code == 0 and "Traceback" not in output
+    if load(directory)["counters"] != load(finished("parl_diffusion"))["counters"]:
+        run_script("parl_diffusion", "--resume", directory)
+    assert metrics(directory) == metrics(finished("parl_diffusion"))
+    assert_same(load(directory), load(finished("parl_diffusion")))
+
+
+def test_eval_only_repeats_the_last_evaluation_and_writes_nothing(script, finished):
+    directory = finished(script)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    result = run_script(script, "--eval-only", "--resume", directory)
+    row = json.loads(result.stdout[result.stdout.index("{") :])
+    last = common.read_metrics(directory / "metrics.csv")[-1]
+    assert row == pytest.approx({name: last[name] for name in row}, rel=1e-4)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_modes(script, finished, tmp_path):
+    """Offline only, pure online from a checkpoint without data in the batches, a policy that learns at the end."""
+    run_script(script, *SMALL, "--online-steps", 0, "--offline-distill-steps", 10, "--run-dir", tmp_path / "offline")
+    rows = common.read_metrics(tmp_path / "offline" / "metrics.csv")
+    assert [row["phase"] for row in rows][-1] == "distill" and rows[-1]["policy/distill_loss"] > 0
+    start = finished(script) / "checkpoint.pt"
+    run_script(
+        script,
+        *SMALL,
+        "--policy-checkpoint",
+        start,
+        "--offline-steps",
+        0,
+        "--offline-ratio",
+        0,
+        "--run-dir",
+        tmp_path / "pure",
+    )
+    rows = common.read_metrics(tmp_path / "pure" / "metrics.csv")
+    assert {row["phase"] for row in rows} == {"online"}
+    run_script(
+        script, *SMALL, "--bc-steps", 0, "--offline-ratio", 0, "--online-episodes", 2, "--no-normalize-obs", "--distill-argmax",
+        "--sample-cache-gb", 0, "--num-bins", 0, "--online-steps", 1000, "--run-dir", tmp_path / "nothing",
+    )  # fmt: skip
+    rows = common.read_metrics(tmp_path / "nothing" / "metrics.csv")
+    assert len(rows) == 2 and json.loads((tmp_path / "nothing" / "config.json").read_text())["dataset_sha256"] is None
+
+
+def test_policy_checkpoint_is_the_policy_that_starts(finished, tmp_path):
+    """Evaluated before any update, it acts as the one it was taken from."""
+    start = finished("parl_diffusion")
+    flags = ["--policy-checkpoint", start / "checkpoint.pt", "--offline-steps", 1, "--online-steps", 0]
+    run_script("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "run")
+    for name in ("policy", "policy_ema"):
+        assert_same(load(tmp_path / "run")[name], load(start)["policy_ema"])
+    assert_same(load(tmp_path / "run")["normalizer"], load(start)["normalizer"])
+    for flags, message in [(["--width", 32], "differs in shape"), (["--env-id", "pointmaze-medium-play"], "env_id is")]:
+        result = run_script(
+            "parl_diffusion",
+            *SMALL,
+            "--policy-checkpoint",
+            start / "checkpoint.pt",
+            *flags,
+            "--run-dir",
+            tmp_path / "x",
+            check=False,
+        )
+        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_track_offline_and_a_failing_wandb(finished, tmp_path):
+    flags = [*SMALL, "--track", "--offline-steps", 0, "--online-steps", 0, "--bc-steps", 5]
+    result = run_script("parl_diffusion", *flags, "--run-dir", tmp_path / "on", env={"WANDB_MODE": "offline"})
+    assert list((tmp_path / "on" / "wandb").glob("offline-run-*/*.wandb")), result.stderr
+    broken = tmp_path / "broken" / "wandb"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("def init(**kwargs):\n    raise ConnectionError('no network')\n")
+    result = run_script("parl_diffusion", *flags, "--run-dir", tmp_path / "off", env={"PYTHONPATH": str(broken.parent)})
+    assert "wandb failed (no network)" in result.stderr and (tmp_path / "off" / "curves.png").exists()
+
+
+def test_capture_video(tmp_path):
+    flags = ["--capture-video", "--offline-steps", 0, "--online-steps", 0, "--bc-steps", 5]
+    run_script("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "run")
+    videos = sorted((tmp_path / "run" / "videos" / "bc-5").iterdir())
+    assert [video.name for video in videos] == ["episode-1000000.mp4", "episode-1000001.mp4"]
+    assert all(video.stat().st_size > 1000 for video in videos)
+
+
+def test_another_environment_and_dataset(script, tmp_path):
+    """Any gymnasium id with a file: here Pendulum, whose bounds are +-2 and whose values come from the data."""
+    env, rng, rows = common.gym.make("Pendulum-v1"), np.random.default_rng(0), []
+    for episode in range(2):
+        obs, _ = env.reset(seed=episode)
+        for t in range(200):
+            action = rng.uniform(-2, 2, 1).astype(np.float32)
+            following, reward, terminated, _, _ = env.step(action)
+            rows.append((obs, action, reward, terminated, t == 199, following))
+            obs = following
+    names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    np.savez(tmp_path / "data.npz", **{n: np.stack(v) for n, v in zip(names, zip(*rows, strict=True), strict=True)})
+    flags = ["--env-id", "Pendulum-v1", "--dataset-path", tmp_path / "data.npz", "--num-threads", 1]
+    run_script(script, *SMALL, *flags, "--online-steps", 0, "--run-dir", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["q_min"] < -500 and config["q_max"] == 0 and config["discount"] == 0.99
+
+
+def test_one_file_copied_elsewhere_runs_with_common_alone(script, tmp_path):
+    for name in (f"{script}.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    run_script(script, *SMALL, "--bc-steps", 5, "--offline-steps", 5, "--online-steps", 0, cwd=tmp_path)
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert directory.name.startswith(f"pointmaze-umaze-play__{script}__0__")
+
+
+def test_help_shows_what_will_run(script):
+    text = run_script(script, "--help", env={"COLUMNS": "300"}).stdout
+    assert "pointmaze-umaze-play" in text and "--num-gradient-steps" in text and "(default: 3)" in text
+    text = run_script(script, "--env-id", "Pendulum-v1", "--help", env={"COLUMNS": "300"}).stdout
+    assert "(default: 3000000)" in text
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_critic_update_agrees_with_eager():
+    import copy
+
+    import parl_diffusion as parl
+
+    torch.manual_seed(0)
+    args = parl.Args(hidden_dims=(16,), ensemble_size=2, num_bins=11, q_min=-10.0, q_max=0.0, num_samples=4, num_keep=2)
+    args.num_gradient_steps = 2
+    critics = [parl.Critic(3, 2, args)]
+    critics.append(copy.deepcopy(critics[0]))
+    batch = {name: torch.randn(8, 3) for name in ("obs", "next_obs")} | {"actions": torch.rand(8, 2) * 2 - 1}
+    batch |= {"rewards": -torch.ones(8), "masks": torch.ones(8), "mc_returns": -torch.ones(8)}
+    samples = torch.rand(16, 4, 2) * 2 - 1
+    losses = []
+    for critic, update in zip(critics, (parl.update_critic, torch.compile(parl.update_critic)), strict=True):
+        torch.manual_seed(1)
+        optimizer, target = torch.optim.Adam(critic.parameters(), lr=1e-3), copy.deepcopy(critic)
+        losses.append(update(critic, target, optimizer, batch, samples, args)["critic/loss"])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
