@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import textwrap
 import time
 import zipfile
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
@@ -174,7 +176,7 @@ class PointMaze(gym.Wrapper):
     """
 
     def __init__(self, env_id):
-        with contextlib.redirect_stderr(None):  # importing it prints a notice on other environments
+        with contextlib.redirect_stderr(io.StringIO()):  # importing it prints a notice on other environments
             from gymnasium_robotics.envs.maze import maps, point_maze
 
         layout, self.start_cell, self.goal_cell, _, _ = POINTMAZES[env_id]
@@ -261,47 +263,27 @@ def generate_pointmaze(env_id, num_transitions, seed=0):
 # ======================================== ENVIRONMENTS AND DATASETS ========================================
 
 
-class UniformInterface(gym.Wrapper):
-    """Any gymnasium environment with flat float32 observations, actions in [-1, 1] and info["success"].
-
-    Dict observations are flattened in the order of their space's keys. Where an environment reports neither
-    info["success"] nor info["is_success"], an episode that terminates with a positive reward is a success.
-    """
-
-    def __init__(self, env, env_id):
-        if not isinstance(env.action_space, gym.spaces.Box) or not env.action_space.is_bounded():
-            raise InputError(f"--env-id {env_id}: expected a bounded Box action space, got {env.action_space}")
-        self.low, self.high = env.action_space.low, env.action_space.high
-        if len(env.observation_space.shape or ()) != 1:
-            env = gym.wrappers.FlattenObservation(env)
-        super().__init__(env)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.low.size,), np.float32)
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        return np.asarray(obs, np.float32), info
-
-    def step(self, action):
-        action = self.low + (np.clip(action, -1, 1).reshape(self.low.shape) + 1) / 2 * (self.high - self.low)
-        obs, reward, terminated, truncated, info = self.env.step(action.astype(self.low.dtype))
-        success = bool(info.get("success", info.get("is_success", terminated and reward > 0)))
-        return np.asarray(obs, np.float32), float(reward), terminated, truncated, {**info, "success": success}
-
-
 def make_env(env_id, render=False):
     """The environment `env_id`: one of POINTMAZES, or any gymnasium id (also "module:Id").
 
-    Returns a gymnasium environment with observations (O,) float32, actions (A,) in [-1, 1], and info["success"].
-    Raises InputError for an unknown id (with near misses) or spaces that do not fit.
+    Its observations are flat (O,), dicts in the order of their space's keys; its actions (A,) are rescaled to [-1, 1].
+    Raises InputError for an unknown id, with near misses, or for an action space that is not a bounded Box.
     """
-    if env_id in POINTMAZES:
-        return UniformInterface(gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3]), env_id)
     try:
-        return UniformInterface(gym.make(env_id, **({"render_mode": "rgb_array"} if render else {})), env_id)
+        if env_id in POINTMAZES:
+            env = gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3])
+        else:
+            env = gym.make(env_id, **({"render_mode": "rgb_array"} if render else {}))
     except (gym.error.Error, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(env_id, [*POINTMAZES, *gym.registry], n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"expected {', '.join(POINTMAZES)} or a gymnasium id"
         raise InputError(f"--env-id {env_id}: {error}; {hint}") from error
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
+        raise InputError(f"--env-id {env_id}: its action space is {space}; expected a bounded Box of one dimension")
+    env = gym.wrappers.FlattenObservation(env)
+    rescaled = (space.low != -1).any() or (space.high != 1).any()
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if rescaled else env
 
 
 DATASET_KEYS = (
@@ -356,7 +338,8 @@ def read_dataset(path):
 
 def check_dataset(data, path, env):
     """Raises InputError with file, key and first bad index unless the arrays fit each other and the environment."""
-    rows = {"observations": env.observation_space.shape, "actions": env.low.shape}
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    rows = {"observations": env.observation_space.shape, "actions": low.shape}
     rows["next_observations"], length = rows["observations"], data["rewards"].size
     if length == 0:
         raise InputError(f"--dataset-path {path}: holds 0 transitions; expected at least 1")
@@ -368,11 +351,11 @@ def check_dataset(data, path, env):
             raise InputError(f"{where} has shape {array.shape}; expected {shape}, from rewards and the environment")
         if len(bad := np.argwhere(~np.isfinite(array))):
             raise InputError(f"{where}[{bad[0][0]}] = {array[bad[0][0]]}; expected finite numbers")
-    actions, slack = data["actions"], 1e-3 * (env.high - env.low)
-    if len(bad := np.argwhere((actions < env.low - slack) | (actions > env.high + slack))):
+    actions, slack = data["actions"], 1e-3 * (high - low)
+    if len(bad := np.argwhere((actions < low - slack) | (actions > high + slack))):
         raise InputError(
             f"--dataset-path {path}: actions[{bad[0][0]}] = {actions[bad[0][0]]}; expected within the environment's "
-            f"bounds {env.low} to {env.high}"
+            f"bounds {low} to {high}"
         )
 
 
@@ -407,7 +390,8 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     path, env = dataset_file(env_id, dataset_path), make_env(env_id)
     data = read_dataset(path)
     check_dataset(data, path, env)
-    actions = (2 * (data["actions"] - env.low) / (env.high - env.low) - 1).reshape(len(data["actions"]), -1)
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    actions = 2 * (data["actions"] - low) / (high - low) - 1
     rewards = data["rewards"].astype(np.float64) * reward_scale + reward_bias
     if sparse:
         data["terminals"] = data["terminals"].astype(bool) | (rewards >= 0)
@@ -432,60 +416,49 @@ EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the i
 def run_episodes(envs, act, seeds, video_dir=None):
     """One episode per seed, each run to its end; the result does not depend on how many `envs` there are.
 
-    act(obs (N, O), keys) -> actions (N, A); keys[i] = (episode seed, step) is to seed all randomness of row i. Returns
-    arrays in the order of `seeds`: success, return (raw rewards), length (steps). video_dir: write episode-{seed}.mp4.
+    act(obs (N, O), keys) -> actions (N, A) in [-1, 1]; keys[i] = (episode seed, step) is to seed all randomness of row i.
+    Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
+    success: info["success"] or info["is_success"] at any step, or where there is neither, ended by a positive reward.
     """
-    result = {name: np.zeros(len(seeds)) for name in ("success", "return", "length")}
+    episodes = [{"observations": [], "steps": [], "success": False, "frames": []} for _ in seeds]
     waiting = [deque(range(i, len(seeds), len(envs))) for i in range(len(envs))]  # who runs what is settled beforehand
-    running, frames = {}, {episode: [] for episode in range(len(seeds))}  # running: environment -> (episode, obs)
+    running = {}  # environment -> episode
     while any(waiting) or running:
         for i, env in enumerate(envs):
             if i not in running and waiting[i]:
-                episode = waiting[i].popleft()
-                running[i] = episode, env.reset(seed=int(seeds[episode]))[0]
-        keys = [(int(seeds[episode]), int(result["length"][episode])) for episode, _ in running.values()]
-        actions = act(np.stack([obs for _, obs in running.values()]), keys)
-        for (i, (episode, _)), action in zip(list(running.items()), actions, strict=True):
+                running[i] = waiting[i].popleft()
+                episodes[running[i]]["observations"].append(env.reset(seed=int(seeds[running[i]]))[0])
+        obs = np.stack([episodes[j]["observations"][-1] for j in running.values()]).astype(np.float32)
+        actions = act(obs, [(int(seeds[j]), len(episodes[j]["steps"])) for j in running.values()])
+        for (i, j), action in zip(list(running.items()), actions, strict=True):
             obs, reward, terminated, truncated, info = envs[i].step(action)
-            running[i] = episode, obs
-            result["return"][episode] += reward
-            result["length"][episode] += 1
-            result["success"][episode] = max(result["success"][episode], info["success"])
+            episodes[j]["observations"].append(obs)
+            episodes[j]["steps"].append((action, float(reward), 1.0 - terminated))
+            episodes[j]["success"] |= bool(info.get("success", info.get("is_success", terminated and reward > 0)))
             if video_dir:
-                frames[episode].append(envs[i].render())
+                episodes[j]["frames"].append(envs[i].render())
             if terminated or truncated:
                 del running[i]
-                if video_dir:
-                    Path(video_dir).mkdir(parents=True, exist_ok=True)
-                    imageio.mimwrite(Path(video_dir) / f"episode-{seeds[episode]}.mp4", frames.pop(episode), fps=12)
-    return result
+    for seed, episode in zip(seeds, episodes, strict=True):
+        frames = episode.pop("frames")
+        if video_dir:
+            Path(video_dir).mkdir(parents=True, exist_ok=True)
+            imageio.mimwrite(Path(video_dir) / f"episode-{seed}.mp4", frames, fps=12)
+        steps = zip(*episode.pop("steps"), strict=True)
+        episode["observations"] = np.stack(episode["observations"]).astype(np.float32)
+        episode |= {name: np.stack(values) for name, values in zip(("actions", "rewards", "masks"), steps, strict=True)}
+    return episodes
 
 
 def evaluate(envs, act, num_episodes, prefix="eval/"):
     """Means over `num_episodes` fixed seeds: {prefix + success_rate, return, length, steps_to_goal}, the last over
     successful episodes only and absent where there are none. envs, act: see `run_episodes`."""
-    result = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes))
-    success = result["success"] > 0
-    means = {"success_rate": success.mean(), "return": result["return"].mean(), "length": result["length"].mean()}
-    means |= {"steps_to_goal": result["length"][success].mean()} if success.any() else {}
+    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes))
+    lengths = {success: [len(e["rewards"]) for e in episodes if e["success"] == success] for success in (True, False)}
+    means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
+    means |= {"return": np.mean([e["rewards"].sum() for e in episodes])}
+    means |= {"steps_to_goal": np.mean(lengths[True])} if lengths[True] else {}
     return {prefix + name: float(value) for name, value in means.items()}
-
-
-def collect_episode(env, act, seed):
-    """One episode: observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,), success, act_ms (a step)."""
-    obs, _ = env.reset(seed=seed)
-    observations, steps, success, done, seconds = [obs], [], False, False, 0.0
-    while not done:
-        began = time.perf_counter()
-        action = act(obs[None])[0]
-        seconds += time.perf_counter() - began
-        obs, reward, terminated, truncated, info = env.step(action)
-        observations.append(obs)
-        steps.append((action, reward, 1.0 - terminated))
-        success, done = success or info["success"], terminated or truncated
-    actions, rewards, masks = (np.array(values) for values in zip(*steps, strict=True))
-    episode = dict(observations=np.stack(observations), actions=actions, rewards=rewards, masks=masks)
-    return episode | dict(success=success, act_ms=1000 * seconds / len(steps))
 
 
 def max_env_steps(env, args):
@@ -691,7 +664,7 @@ class Run:
         """What an online episode was, and how many critic updates followed it."""
         self.counters["gradient_step"] += num_updates
         self.episode = {"train/length": len(episode["rewards"]), "train/return": episode["rewards"].sum()}
-        self.episode |= {"train/success": episode["success"], "time/act_ms": episode["act_ms"]}
+        self.episode["train/success"] = episode["success"]
 
     def start_wandb(self):
         import wandb
@@ -732,11 +705,8 @@ def plot_curves(rows):
     """A matplotlib figure of success rate, steps to goal and values over the run's updates, the phases marked."""
     panels = {
         "success rate": {"eval/success_rate": "optimised policy", "eval/policy_success_rate": "raw policy"},
-        "steps to goal (successes)": {
-            "eval/steps_to_goal": "optimised policy",
-            "eval/policy_steps_to_goal": "raw policy",
-        },
-        "value": {"opt/q_before": "policy's samples", "opt/q_after": "optimised", "critic/q_data": "data's actions"},
+        "steps to goal": {"eval/steps_to_goal": "optimised policy", "eval/policy_steps_to_goal": "raw policy"},
+        "value Q(s, a)": {"opt/q_after": "optimised", "opt/q_before": "policy's samples", "critic/q_data": "data's"},
     }
     figure = matplotlib.figure.Figure(figsize=(8, 8), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True)
@@ -744,17 +714,15 @@ def plot_curves(rows):
         for column, name in columns.items():
             points = [(row["gradient_step"], row[column]) for row in rows if column in row]
             axis.plot([x for x, _ in points], [y for _, y in points], marker=".", label=name)
+        for before, row in pairwise([{"phase": "", "gradient_step": 0}, *rows]):
+            if row["phase"] != before["phase"]:
+                axis.axvline(before["gradient_step"], color="0.6", linestyle=":")
+                axes[0].annotate(row["phase"], (before["gradient_step"], 1.03), xycoords=("data", "axes fraction"))
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes[0].set_ylim(-0.03, 1.03)
     axes[-1].set_xlabel("updates (cloning, then critic)")
-    for axis in axes:
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    for phase in dict.fromkeys(row["phase"] for row in rows):
-        begin = min(row["gradient_step"] for row in rows if row["phase"] == phase)
-        axes[0].annotate(phase, (begin, 1.03), xycoords=("data", "axes fraction"))
-        for axis in axes:
-            axis.axvline(begin, color="0.6", linestyle=":")
     return figure
 
 

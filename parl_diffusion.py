@@ -118,33 +118,13 @@ class Args:
 # What a family of environments changes. A flag on the command line wins over all of it.
 PRESETS = {
     "pointmaze": dict(
-        batch_size=128,
-        num_layers=2,
-        sparse_reward=True,
-        reward_bias=-1.0,
-        discount=0.98,
-        bc_steps=2000,
-        offline_steps=2000,
-        online_steps=500,
-        online_episodes=None,
-        num_threads=1,
-        hidden_dims=(128, 128),
-        ensemble_size=2,
-        target_rate=0.02,
-        critic_lr=1e-3,
-        cql_weight=0.1,
-        num_samples=8,
-        num_keep=3,
-        num_gradient_steps=3,
-        action_lr=5e-3,
-        eval_every=500,
-        log_every=100,
-        bc_lr=1e-3,
-        distill_lr=3e-4,
-        policy_ema_rate=0.01,
-        width=64,
+        sparse_reward=True, reward_bias=-1.0, discount=0.98, num_threads=1, eval_every=250, log_every=100,
+        bc_steps=2000, offline_steps=2000, online_steps=500, online_episodes=None, batch_size=128,
+        hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.02, cql_weight=0.1,
+        num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
+        bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=64, num_layers=2,
     ),
-}
+}  # fmt: skip
 
 
 # ======================================== POLICY ========================================
@@ -589,11 +569,15 @@ def train(args: Args) -> Path:
         batch = {name: value.to(device) for name, value in batch.items()}
         return {**batch, "obs": normalizer(batch["obs"]), "next_obs": normalizer(batch["next_obs"])}
 
-    def act_optimized(obs, keys=None):  # (N, O) raw observations -> (N, A)
+    def act_raw(obs, keys):  # (N, O) raw observations -> (N, A)
+        return policy_ema.sample(normalizer(torch.from_numpy(obs).to(device)), 1, keys)[:, 0].cpu().numpy()
+
+    def act_optimized(obs, keys):
         return act(policy_ema, critic, normalizer(torch.from_numpy(obs).to(device)), args, keys).cpu().numpy()
 
-    def act_raw(obs, keys=None):
-        return policy_ema.sample(normalizer(torch.from_numpy(obs).to(device)), 1, keys)[:, 0].cpu().numpy()
+    def act_online(obs, _keys):  # explores with the run's own generator
+        with run.timed("time/act_ms"):
+            return act_optimized(obs, None)
 
     def evaluate():
         """The eval columns of a row: the raw policy and, once there is a critic, the optimised one."""
@@ -653,7 +637,7 @@ def train(args: Args) -> Path:
         critic_optimizer.state.clear()
     num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
     for seed in run.episodes(evaluate, describe):
-        episode = common.collect_episode(env, act_optimized, seed)
+        (episode,) = common.run_episodes([env], act_online, [seed])
         rewards = episode["rewards"] * args.reward_scale + args.reward_bias
         returns = common.mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
         online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)

@@ -411,7 +411,7 @@ def test_pointmaze_facts():
         np.testing.assert_array_equal(maze.goal, maze.maze.cell_rowcol_to_xy(np.array(goal_cell)))
         steps = [env.step(np.zeros(2, np.float32)) for _ in range(horizon)]
         assert not any(step[2] for step in steps) and [step[3] for step in steps].index(True) == horizon - 1
-        maze.point_env.set_state(maze.goal + [0.44, 0], np.zeros(2))
+        maze.point_env.set_state(maze.goal + np.array([0.44, 0]), np.zeros(2))
         _, reward, terminated, _, info = env.step(np.zeros(2, np.float32))
         assert (reward, terminated, info["success"]) == (1.0, True, True)
 

@@ -1,0 +1,151 @@
+"""Tables and plots of benchmark/results/*.csv: every seed, mean and standard deviation, final values.
+
+python benchmark/report.py     # writes benchmark/pointmaze.md and benchmark/*.png
+"""
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from common import read_metrics  # noqa: E402
+
+TITLES = {
+    "full": "default: `python parl_diffusion.py`",
+    "bc2": "cloning only, twice the steps: `--bc-steps 4000 --offline-steps 0 --online-steps 0`",
+    "rerank": "re-ranking only: `--num-gradient-steps 0`",
+    "gradient": "gradient steps only: `--num-samples 1 --num-keep 1`",
+    "nocache": "samples drawn at every touch: `--sample-cache-gb 0`",
+    "flipped": "the critic's sign flipped when actions are ranked and moved (a one-line change to the code)",
+    "medium": "pointmaze-medium-play: `--env-id pointmaze-medium-play --batch-size 256 --online-steps 700`",
+    "large": "pointmaze-large-play: `--env-id pointmaze-large-play --batch-size 256 --offline-steps 5000 "
+    "--online-steps 1500`",
+}
+QUANTITIES = {
+    "optimised: success %": ("eval/success_rate", 100),
+    "optimised: steps to goal": ("eval/steps_to_goal", 1),
+    "raw policy: success %": ("eval/policy_success_rate", 100),
+    "raw policy: steps to goal": ("eval/policy_steps_to_goal", 1),
+}
+PHASES = {"bc": "cloning", "offline": "offline RL", "online": "online"}
+
+
+def load():
+    """{experiment: {seed: rows of metrics.csv}}"""
+    runs = defaultdict(dict)
+    for path in sorted((HERE / "results").glob("*.csv")):
+        name, seed = re.fullmatch(r"(.+)-(\d+)", path.stem).groups()
+        runs[name][int(seed)] = read_metrics(path)
+    return runs
+
+
+def table(seeds):
+    """Markdown: one line per phase and quantity, the last evaluation of each phase."""
+    lines = [
+        "| after | | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | std |",
+        "|---" * (len(seeds) + 4) + "|",
+    ]
+    for phase, title in PHASES.items():
+        for quantity, (column, scale) in QUANTITIES.items():
+            finals = [
+                [row for row in rows if row["phase"] == phase and "eval/policy_success_rate" in row]
+                for rows in seeds.values()
+            ]
+            if not all(finals) or not any(column in final[-1] for final in finals):
+                continue
+            values = [scale * final[-1].get(column, np.nan) for final in finals]
+            cells = " | ".join("-" if np.isnan(value) else f"{value:.3g}" for value in values)
+            lines.append(f"| {title} | {quantity} | {cells} | {np.nanmean(values):.3g} | {np.nanstd(values):.2g} |")
+    return "\n".join(lines)
+
+
+def plot(seeds, title, path):
+    """Success rate over updates: a thin line per seed, a thick one for the mean, phases marked."""
+    figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for column, label, colour in (
+        ("eval/success_rate", "optimised policy", "tab:blue"),
+        ("eval/policy_success_rate", "raw policy", "tab:orange"),
+    ):
+        curves = []
+        for rows in seeds.values():
+            points = [(row["gradient_step"], row[column]) for row in rows if column in row]
+            curves.append(points)
+            axis.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=1)
+        if len({len(points) for points in curves}) == 1:
+            axis.plot(
+                *np.mean(curves, 0).T,
+                color=colour,
+                marker=".",
+                linewidth=2,
+                label=f"{label} (mean of {len(curves)} seeds)",
+            )
+    rows = next(iter(seeds.values()))
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        begin = min(row["gradient_step"] for row in rows if row["phase"] == phase)
+        axis.axvline(begin, color="0.6", linestyle=":")
+        axis.annotate(PHASES[phase], (begin, 1.02), xycoords=("data", "axes fraction"))
+    axis.set(ylim=(-0.03, 1.03), xlabel="updates (cloning, then critic)", ylabel="success rate, 100 episodes")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=120)
+
+
+def plot_ablations(runs, path):
+    """Final success of the optimised and the raw policy per experiment, a dot per seed."""
+    names = [name for name in ("full", "rerank", "gradient", "nocache") if name in runs]
+    figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
+    for axis, (column, title) in zip(
+        figure.subplots(1, 2),
+        (("eval/success_rate", "optimised"), ("eval/policy_success_rate", "raw policy")),
+        strict=True,
+    ):
+        for phase, colour, shift in (("offline", "tab:green", -0.12), ("online", "tab:blue", 0.12)):
+            for x, name in enumerate(names):
+                values = [
+                    [row[column] for row in rows if row["phase"] == phase and column in row][-1]
+                    for rows in runs[name].values()
+                ]
+                axis.scatter(
+                    np.full(len(values), x + shift),
+                    values,
+                    color=colour,
+                    alpha=0.6,
+                    label=PHASES[phase] if x == 0 else None,
+                )
+        axis.set(
+            ylim=(-0.03, 1.03),
+            xticks=range(len(names)),
+            xticklabels=names,
+            title=title,
+            ylabel="success rate, 100 episodes",
+        )
+        axis.grid(alpha=0.3, axis="y")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    runs = load()
+    parts = [
+        "# PointMaze results",
+        "Written by `python benchmark/report.py`; see README.md in this folder for what, where and when.",
+    ]
+    for name, title in TITLES.items():
+        if name in runs:
+            parts += [f"## {title}", table(runs[name])]
+    (HERE / "pointmaze.md").write_text("\n\n".join(parts) + "\n")
+    for name in ("full", "medium", "large"):
+        if name in runs:
+            plot(runs[name], TITLES[name].replace("`", ""), HERE / f"{name}.png")
+    plot_ablations(runs, HERE / "ablations.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs experiments, several at a time, each on one thread; what has finished is not run again.
+#
+#   bash benchmark/run.sh benchmark/pointmaze.txt [processes, default: all cores]
+#
+# A line of the file is a name and the flags of `python parl_diffusion.py --num-eval-episodes 100`. The run lands in
+# runs/NAME, its metrics in benchmark/results/NAME.csv, what it printed in runs/NAME/log.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+one() {
+  name=$1; shift
+  [ -e "benchmark/results/$name.csv" ] && return
+  mkdir -p "runs/$name"
+  python parl_diffusion.py --num-eval-episodes 100 --run-dir "runs/$name" "$@" >"runs/$name/log.txt" 2>&1 &&
+    cp "runs/$name/metrics.csv" "benchmark/results/$name.csv" || echo "$name failed: runs/$name/log.txt"
+}
+export -f one
+grep -v '^#' "$1" | xargs -P "${2:-$(nproc)}" -I{} bash -c 'one {}'
