@@ -80,6 +80,7 @@ def mc_returns(rewards, masks, discount, sparse=False):
 
     rewards, masks (L,), scaled as they are learned from -> (L,) float32. sparse: each step costs until success, which
     costs nothing; an episode of negative rewards alone never succeeded and is worth r / (1 - discount) throughout.
+    NOTE(differs): an online episode that fails is worth r / (1 - discount) too (released: its truncated sum).
     """
     rewards = np.asarray(rewards, np.float64)
     if sparse and rewards.max() < 0:
@@ -122,7 +123,7 @@ class ReplayBuffer:
         """Transitions, uniform with replacement: obs, next_obs (B, O), actions (B, A), rewards, masks, mc_returns (B,),
         and state_rows (B,), the row of obs among `states`.
 
-        NOTE(differs): drawn by a seeded numpy generator, with replacement (released: 34 ms a batch from 1M rows).
+        NOTE(differs): batches are drawn by a seeded generator, with replacement (released: 34 ms each from 1M rows).
         """
         rows = generator.integers(self.num_transitions, size=batch_size)
         states = self.state_rows[rows]
@@ -297,7 +298,7 @@ DATASET_KEYS = (
 
 
 def dataset_file(env_id, dataset_path=""):
-    """`dataset_path` where given, else the embedded dataset's file in $PARL_CACHE (~/.cache/parl), made on first use."""
+    """`dataset_path` where given, else the embedded dataset in $PARL_CACHE (~/.cache/parl), made on first use."""
     if dataset_path:
         return Path(dataset_path)
     if env_id not in POINTMAZES:
@@ -416,7 +417,7 @@ EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the i
 def run_episodes(envs, act, seeds, video_dir=None):
     """One episode per seed, each run to its end; the result does not depend on how many `envs` there are.
 
-    act(obs (N, O), keys) -> actions (N, A) in [-1, 1]; keys[i] = (episode seed, step) is to seed all randomness of row i.
+    act(obs (N, O), keys) -> actions (N, A) in [-1, 1]; keys[i] = (episode seed, step) seeds what is random in row i.
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
     success: info["success"] or info["is_success"] at any step, or where there is neither, ended by a positive reward.
     """
@@ -512,7 +513,7 @@ class Run:
         self.kept |= objects
 
     def load(self, path, flag, **objects):
-        """Load `objects` from a checkpoint and return it. Raises InputError for one of another script, task or shape."""
+        """Load `objects` from a checkpoint, and return it. Raises InputError for another script, task or shape."""
         if not Path(path).is_file():
             raise InputError(f"{flag} {path}: no such file; expected the checkpoint.pt of a run")
         try:
@@ -635,7 +636,7 @@ class Run:
                 self.save_if(due)
 
     def episodes(self, evaluate, info):
-        """The online episodes that are left, as seeds for their resets. The body calls `record`; the rest as `steps`."""
+        """The online episodes that are left, as seeds for their resets. The body calls `record`; else as `steps`."""
         done, args = self.counters, self.args
         max_steps, max_episodes = (math.inf if n is None else n for n in (args.online_steps, args.online_episodes))
         with tqdm(total=args.online_steps, initial=done["env_step"], desc="online", disable=None) as bar:

@@ -1,8 +1,8 @@
 """PA-RL with a diffusion policy: offline RL and online fine-tuning of a policy that is never differentiated.
 
 Policy-Agnostic RL (Mark et al., 2024, https://arxiv.org/abs/2412.06685) improves any policy that can be sampled and
-cloned. A critic is learned with Cal-QL (Nakamoto et al., 2023). Wherever an actor-critic method would want "a better
-action than the policy's", PA-RL makes one:
+cloned. A critic is learned with Cal-QL (Nakamoto et al., 2023). Wherever an actor-critic method would want a better
+action than the policy's, PA-RL makes one:
 
     1. sample     K actions from the policy
     2. re-rank    keep the M that the critic values most                              (global optimisation)
@@ -11,22 +11,19 @@ action than the policy's", PA-RL makes one:
     5. distil     the policy's own supervised loss on the chosen action: no gradient passes from critic to policy
 
 in three phases: behaviour cloning; offline RL (the critic learns, the policy is frozen); online fine-tuning (collect an
-episode with optimised actions, distil, update the critic). The algorithm asks two things of a policy: `sample` and
-`loss`. The other `parl_*.py` have another policy and the same algorithm: `diff` them.
+episode with optimised actions, distil, update the critic). The algorithm asks two things of a policy: `sample`, `loss`.
 
-The policy here is a denoising diffusion model over actions (DDPM, Ho et al., 2020; as a policy: IDQL, Hansen-Estruch
-et al., 2023): a residual network predicts the noise in a noisy action; sampling removes it in `diffusion_steps` steps.
+The policy here is a denoising diffusion model over actions (DDPM, Ho et al., 2020): a residual network predicts the
+noise in a noisy action; sampling removes it in `diffusion_steps` steps.
 
-    symbol  name                 meaning                              shape letters
-    K       num_samples          actions drawn per state              B  batch of states
-    M       num_keep             kept after re-ranking                N  any number of actions per state
-    T       num_gradient_steps   local optimisation steps             O  observation dimension
-    alpha   action_lr            their step size                      A  action dimension
-    E       ensemble_size        critics, a batch dimension           K, M, E as on the left
+    symbol  name                 meaning                           shape letters
+    K       num_samples          actions drawn per state           B  batch of states
+    M       num_keep             kept after re-ranking             N  any number of actions per state
+    T       num_gradient_steps   local optimisation steps          O  observation dimension
+    alpha   action_lr            their step size                   A  action dimension
+    E       ensemble_size        critics, a batch dimension        bins  of the value distribution
 
-    python parl_diffusion.py                     # pointmaze-umaze-play; data, cloning, offline RL, online fine-tuning
-
-ends in a few minutes on a laptop CPU. Results, every logged metric and troubleshooting: README.md.
+    python parl_diffusion.py    # pointmaze-umaze-play: to 100 % success in minutes on a laptop CPU; see README.md
 """
 
 import copy
@@ -137,20 +134,15 @@ def cosine_betas(num_steps):
     return (1 - signal[1:] / signal[:-1]).clamp(0, 0.999).float()
 
 
-def dense(inputs, outputs, init):
+def dense(inputs, outputs, lecun=False):
+    """A linear layer, orthogonal with gain sqrt(2), or LeCun-normal: truncated at 2 std, variance 1 / inputs."""
     layer = nn.Linear(inputs, outputs)
-    init(layer.weight)
     nn.init.zeros_(layer.bias)
+    std = inputs**-0.5 / 0.87962566  # of the normal before truncation
+    nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std) if lecun else nn.init.orthogonal_(
+        layer.weight, 2**0.5
+    )
     return layer
-
-
-def orthogonal(weight):
-    nn.init.orthogonal_(weight, math.sqrt(2))
-
-
-def lecun_normal(weight):
-    std = math.sqrt(1 / weight.shape[1])
-    nn.init.trunc_normal_(weight, std=std / 0.87962566, a=-2 * std / 0.87962566, b=2 * std / 0.87962566)
 
 
 class ResidualBlock(nn.Module):
@@ -160,8 +152,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.expand = dense(width, 4 * width, lecun_normal)
-        self.contract = dense(4 * width, width, lecun_normal)
+        self.expand = dense(width, 4 * width, lecun=True)
+        self.contract = dense(4 * width, width, lecun=True)
 
     def forward(self, h):
         return h + self.contract(F.silu(self.expand(self.norm(self.dropout(h)))))
@@ -175,11 +167,11 @@ class DiffusionPolicy(nn.Module):
         self.act_dim = act_dim
         time_dim = args.width // 2
         self.fourier = nn.Parameter(0.2 * torch.randn(time_dim // 2, 1))
-        self.time_expand = dense(time_dim, 2 * time_dim, orthogonal)
-        self.time_contract = dense(2 * time_dim, time_dim, orthogonal)
-        self.input = dense(time_dim + obs_dim + act_dim, args.width, orthogonal)
+        self.time_expand = dense(time_dim, 2 * time_dim)
+        self.time_contract = dense(2 * time_dim, time_dim)
+        self.input = dense(time_dim + obs_dim + act_dim, args.width)
         self.blocks = nn.ModuleList([ResidualBlock(args.width, args.dropout) for _ in range(args.num_layers)])
-        self.output = dense(args.width, act_dim, orthogonal)
+        self.output = dense(args.width, act_dim)
         betas = cosine_betas(args.diffusion_steps)
         self.register_buffer("betas", betas, persistent=False)
         self.register_buffer("alphas", 1 - betas, persistent=False)
@@ -232,7 +224,7 @@ def hl_gauss(target, args):
 
     HL-Gauss (Farebrother et al., 2024, eq. 3.2): differences of normal CDFs over the bins' edges, renormalised. They
     are taken of log CDFs in the left tail, accurate there: a target far outside lands on the border bin, not on 0 / 0.
-    NOTE(differs): standard deviation sqrt(2) * 0.75 bins, as in the released code (paper: 0.75).
+    NOTE(differs): the standard deviation is sqrt(2) * 0.75 bins, not 0.75 (as in the released code).
     """
     edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1, device=target.device)
     z = (edges - target[..., None]) / (math.sqrt(2) * 0.75 * (args.q_max - args.q_min) / args.num_bins)
@@ -244,13 +236,11 @@ def hl_gauss(target, args):
 
 def value_range(rewards, args):
     """(q_min, q_max): the flags where given, else what the (scaled) rewards (N,) could add up to for ever."""
-    if args.sparse_reward:
-        rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
+    rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0) if args.sparse_reward else rewards
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
-    low, high = np.min(rewards, initial=0.0) / (1 - args.discount), np.max(rewards, initial=0.0) / (1 - args.discount)
-    low = float(low) if args.q_min is None else args.q_min
-    high = float(high) if args.q_max is None else args.q_max
+    low, high = (float(bound(rewards, initial=0.0)) / (1 - args.discount) for bound in (np.min, np.max))
+    low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
     if low >= high:
         raise InputError(f"--q-min {low}: expected less than --q-max {high}")
     return low, high
@@ -260,7 +250,7 @@ class Critic(nn.Module):
     """E value functions Q_e(s, a), a batch dimension of the weights: dense, LayerNorm, SiLU; then a head whose
     distribution over `num_bins` bins has the value as its mean.
 
-    NOTE(differs): all members share one output head, as in the released code (paper: independent critics).
+    NOTE(differs): all members of the ensemble share one output head (as in the released code).
     """
 
     def __init__(self, obs_dim, act_dim, args):
@@ -308,6 +298,7 @@ def rerank(critic, obs, candidates, args, dataset_actions=None):
     """Global optimisation (Alg. 1): the M of candidates (B, K, A) with the highest ensemble-mean value, best first.
 
     dataset_actions (B, A): the batch's own action takes the place of the worst kept one (not when M = 1).
+    NOTE(differs): the batch's own action joins before the gradient steps (as in the released code).
     """
     with torch.no_grad():
         q = critic(obs, candidates)[0].mean(0)  # (B, K)
@@ -322,6 +313,7 @@ def ascend(critic, obs, actions, args):
     """Local optimisation (Alg. 1): T times a <- clip(a + alpha * grad_a Q(s, a)), each of actions (B, M, A) on its own.
 
     Returns the best of each one's T + 1 points (B, M, A) and its value (B, M).
+    NOTE(differs): a candidate keeps the best of its points, not the last (as in the released code).
     """
     best_actions, best_q = actions, actions.new_full(actions.shape[:2], -torch.inf)
     for step in range(args.num_gradient_steps + 1):
@@ -340,7 +332,8 @@ def ascend(critic, obs, actions, args):
 def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     """The optimised actions of the paper: obs (B, O), candidates (B, K, A) -> actions (B, M, A) and their q (B, M).
 
-    NOTE(differs): --num-samples and the like reach every use (released: acting and TD targets ignore the flags).
+    NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
+    NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
     return ascend(critic, obs, rerank(critic, obs, candidates, args, dataset_actions), args)
 
@@ -377,38 +370,31 @@ def optimization_info(critic, obs, candidates, args):
     }
 
 
-class SampleCache:
-    """A frozen policy's K samples at each of states (S, O), drawn once, in float16: batch -> samples (2B, K, A) at its
-    obs and next_obs. Where they exceed --sample-cache-gb, or a run touches fewer states than there are, at every touch.
+def cached_samples(policy, states, args):
+    """A frozen policy's K samples at each of states (S, O), (S, K, A) in float16, from the seed alone. None, to draw at
+    every touch, where they exceed --sample-cache-gb or the offline phase touches fewer states than there are.
 
-    NOTE(differs): the released code draws at every touch. Drawn from the seed, so checkpoints need not hold them.
+    NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
     """
-
-    def __init__(self, policy, states, args):
-        self.policy, self.args, self.samples = policy, args, None
-        gigabytes = 2e-9 * len(states) * args.num_samples * policy.act_dim
-        if gigabytes <= args.sample_cache_gb and len(states) <= 2 * args.batch_size * args.offline_steps:
-            with torch.random.fork_rng():
-                torch.manual_seed(args.seed)
-                chunks = tqdm(states.split(1024), "samples", leave=False, disable=None)
-                self.samples = torch.cat([policy.sample(chunk, args.num_samples).half() for chunk in chunks])
-
-    def __call__(self, batch):
-        if self.samples is None:
-            return self.policy.sample(torch.cat([batch["obs"], batch["next_obs"]]), self.args.num_samples)
-        return self.samples[torch.cat([batch["state_rows"], batch["state_rows"] + 1])].float()
+    gigabytes = 2e-9 * len(states) * args.num_samples * policy.act_dim
+    if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        chunks = tqdm(states.split(1024), "samples", leave=False, disable=None)
+        return torch.cat([policy.sample(chunk, args.num_samples).half() for chunk in chunks])
 
 
 # ======================================== LOSSES ========================================
 
 
 def critic_loss(critic, target_critic, batch, args, random_actions=None, td_members=None, cql_members=None):
-    """Cal-QL (Nakamoto et al., 2023): TD + cql_weight * CQL, calibrated by the Monte-Carlo return.
+    """Cal-QL (Nakamoto et al., 2023): TD + cql_weight * CQL, calibrated by Monte-Carlo returns -> loss, info.
 
-    batch: obs, next_obs (B, O); actions, policy_actions, next_policy_actions (B, A), the latter two optimised at obs and
-    next_obs; rewards, masks, mc_returns (B,). random_actions (B, n, A), td_members and cql_members (critic_subset,)
-    inject the draws. Returns the loss and what the log wants to know of it.
-    NOTE(differs): members are drawn with replacement, once per batch, apart for TD and CQL, as in the released code.
+    batch: obs, next_obs (B, O); actions, policy_actions, next_policy_actions (B, A), the last two optimised at obs and
+    next_obs; rewards, masks, mc_returns (B,). random_actions (B, n, A) and members (critic_subset,) inject the draws.
+    NOTE(differs): members are drawn with replacement, once a batch, apart for TD and CQL (as in the released code).
+    NOTE(differs): the cross-entropy is over all members, not those drawn (as in the released code).
     """
     obs, actions, n = batch["obs"], batch["actions"], args.cql_n_actions
     if random_actions is None:
@@ -459,10 +445,7 @@ def move_average(average, network, rate):
 
 
 def update_critic(critic, target_critic, optimizer, batch, samples, args):
-    """One critic update on a batch and the policy's samples (2B, K, A) at its obs and next_obs. Returns the log's info.
-
-    NOTE(differs): optimised actions use --num-samples etc. everywhere (released: TD targets and acting ignore them).
-    """
+    """One critic update on a batch and the policy's samples (2B, K, A) at its obs and next_obs -> info."""
     actions, q = optimize_actions(critic, torch.cat([batch["obs"], batch["next_obs"]]), samples, args)
     policy_actions, next_policy_actions = choose(actions, q).chunk(2)
     batch = {**batch, "policy_actions": policy_actions, "next_policy_actions": next_policy_actions}
@@ -499,19 +482,11 @@ def learning_rate(base, step, num_steps, args, cosine=False):
 
 def check(args):
     """Raises InputError, naming the flag, for what cannot run."""
-    positive = {
-        "batch_size",
-        "ensemble_size",
-        "critic_subset",
-        "cql_n_actions",
-        "num_samples",
-        "num_keep",
-        "eval_every",
-    }
-    positive |= {"log_every", "num_eval_episodes", "width", "num_layers", "diffusion_steps"}
+    at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "width"}
+    at_least_one |= {"num_layers", "diffusion_steps", "critic_utd", "num_eval_episodes", "eval_every", "log_every"}
     upper = dict(num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6)
     for name, value in vars(args).items():
-        low, high = int(name in positive), upper.get(name, math.inf)
+        low, high = int(name in at_least_one), upper.get(name, math.inf)
         signed = name in ("reward_scale", "reward_bias", "q_min", "q_max")
         if isinstance(value, (int, float)) and not signed and not low <= value <= high:
             expected = f"between {low} and {high}" if name in upper else f"at least {low}"
@@ -538,36 +513,35 @@ def train(args: Args) -> Path:
     else:
         args.offline_steps = 0  # nothing to learn from yet
     args.q_min, args.q_max = value_range(dataset.rewards[: len(dataset)], args)
-    # NOTE(differs): observations are normalised by the dataset's statistics (released: not)
-    normalizer = common.Normalizer(obs_dim, dataset.states[: dataset.num_states] if args.normalize_obs else ()).to(
-        device
-    )
+    states = dataset.states[: dataset.num_states]
+    # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
+    normalizer = common.Normalizer(obs_dim, states if args.normalize_obs else states[:0]).to(device)
     policy = DiffusionPolicy(obs_dim, act_dim, args).to(device)
     policy_ema = copy.deepcopy(policy).eval()
     critic = Critic(obs_dim, act_dim, args).to(device)
     target_critic = copy.deepcopy(critic)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
-
-    improve_critic, improve_policy = update_critic, update_policy
-    if args.compile:
-        improve_critic, improve_policy = torch.compile(update_critic), torch.compile(update_policy)
+    compiled = torch.compile if args.compile else lambda function: function
+    improve_critic, improve_policy = compiled(update_critic), compiled(update_policy)
 
     # The run's files; a policy to start from; a run to continue
     run = common.Run(args, Path(__file__).stem, obs_dim, act_dim, generator)
-    if args.policy_checkpoint:
+    if args.policy_checkpoint and not args.resume:
         run.load(args.policy_checkpoint, "--policy-checkpoint", policy_ema=policy_ema, normalizer=normalizer)
         policy.load_state_dict(policy_ema.state_dict())
-        args.bc_steps = 0
     run.keep(policy=policy, policy_ema=policy_ema, critic=critic, target_critic=target_critic, online=online)
     run.keep(policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer, normalizer=normalizer)
     counters = run.begin(dataset.sha256)
 
     def draw_batch(num_offline):
-        """num_offline transitions of the dataset, the others of --batch-size collected online; observations normalised."""
+        """num_offline transitions of the dataset and others collected online, --batch-size in all; obs normalised."""
         batch = common.sample_both(dataset, online, num_offline, args.batch_size - num_offline, generator)
         batch = {name: value.to(device) for name, value in batch.items()}
         return {**batch, "obs": normalizer(batch["obs"]), "next_obs": normalizer(batch["next_obs"])}
+
+    def draw_samples(batch):  # (2B, K, A) at obs and next_obs
+        return policy_ema.sample(torch.cat([batch["obs"], batch["next_obs"]]), args.num_samples)
 
     def act_raw(obs, keys):  # (N, O) raw observations -> (N, A)
         return policy_ema.sample(normalizer(torch.from_numpy(obs).to(device)), 1, keys)[:, 0].cpu().numpy()
@@ -591,7 +565,7 @@ def train(args: Args) -> Path:
         return row
 
     def describe():
-        """Columns of every row with a critic: what action optimisation does to samples of the latest batch."""
+        """The opt columns of a row: what action optimisation does to samples of the latest batch."""
         return optimization_info(critic, batch["obs"], samples[: args.batch_size], args)
 
     def distill(num_offline, lr):
@@ -609,22 +583,22 @@ def train(args: Args) -> Path:
         return run.directory
 
     # Phase 1: behaviour cloning
-    for step in run.steps("bc", args.bc_steps, evaluate):
+    for step in run.steps("bc", 0 if args.policy_checkpoint else args.bc_steps, evaluate):
         batch = draw_batch(args.batch_size)
         lr = learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)
         loss = improve_policy(policy, policy_ema, policy_optimizer, batch["obs"], batch["actions"], lr, args)
         run.average({"policy/bc_loss": loss})
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
-    cache = None
+    left = counters["offline"] < args.offline_steps
+    cache = cached_samples(policy_ema, normalizer(torch.from_numpy(states).to(device)), args) if left else None
     for _ in run.steps("offline", args.offline_steps, evaluate, describe):
-        if cache is None:
-            cache = SampleCache(
-                policy_ema, normalizer(torch.from_numpy(dataset.states[: dataset.num_states]).to(device)), args
-            )
-        batch = draw_batch(args.batch_size)
-        samples = cache(batch)
         with run.timed("time/critic_ms"):
+            batch = draw_batch(args.batch_size)
+            if cache is None:
+                samples = draw_samples(batch)
+            else:
+                samples = cache[torch.cat([batch["state_rows"], batch["state_rows"] + 1])].float()
             run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
     if args.offline_distill_steps and counters["distill"] == 0:
         policy_optimizer.state.clear()
@@ -642,14 +616,13 @@ def train(args: Args) -> Path:
         returns = common.mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
         online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
         share = len(dataset) / (len(dataset) + len(online)) if args.offline_ratio else 0.0
-        for step in range(
-            args.policy_utd * counters["env_step"], args.policy_utd * (counters["env_step"] + len(rewards))
-        ):
+        first = args.policy_utd * counters["env_step"]
+        for step in range(first, first + args.policy_utd * len(rewards)):
             distill(math.floor(args.batch_size * share), learning_rate(args.distill_lr, step, num_distill_steps, args))
         for _ in range(args.critic_utd * len(rewards)):
             with run.timed("time/critic_ms"):
                 batch = draw_batch(math.floor(args.batch_size * args.offline_ratio))
-                samples = policy_ema.sample(torch.cat([batch["obs"], batch["next_obs"]]), args.num_samples)
+                samples = draw_samples(batch)
                 run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
         run.record(episode, args.critic_utd * len(rewards))
     run.finish()

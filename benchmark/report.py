@@ -21,10 +21,11 @@ TITLES = {
     "rerank": "re-ranking only: `--num-gradient-steps 0`",
     "gradient": "gradient steps only: `--num-samples 1 --num-keep 1`",
     "nocache": "samples drawn at every touch: `--sample-cache-gb 0`",
-    "flipped": "the critic's sign flipped when actions are ranked and moved (a one-line change to the code)",
+    "flipped": "the critic's sign flipped where actions are ranked, moved and chosen: `python benchmark/flipped.py`",
+    "lowcql": "the paper's CQL weight, offline only: `--cql-weight 0.005 --offline-steps 3000 --online-steps 0`",
     "medium": "pointmaze-medium-play: `--env-id pointmaze-medium-play --batch-size 256 --online-steps 700`",
     "large": "pointmaze-large-play: `--env-id pointmaze-large-play --batch-size 256 --offline-steps 5000 "
-    "--online-steps 1500`",
+    "--online-steps 1000 --eval-every 1000`",
 }
 QUANTITIES = {
     "optimised: success %": ("eval/success_rate", 100),

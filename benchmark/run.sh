@@ -7,6 +7,7 @@
 # runs/NAME, its metrics in benchmark/results/NAME.csv, what it printed in runs/NAME/log.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+mkdir -p benchmark/results
 one() {
   name=$1; shift
   [ -e "benchmark/results/$name.csv" ] && return

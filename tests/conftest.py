@@ -27,10 +27,11 @@ def golden():
 
 
 # The smallest run that goes through all three phases
-SMALL = (
-    "--bc-steps 20 --offline-steps 20 --online-steps 60 --batch-size 16 --num-eval-episodes 2 --eval-every 10 --log-every 5 "
-    "--hidden-dims 16 16 --num-bins 16 --width 16 --policy-utd 1 --critic-utd 1"
-).split()
+SMALL = [
+    *("--bc-steps", "20", "--offline-steps", "20", "--online-steps", "60", "--batch-size", "16"),
+    *("--num-eval-episodes", "2", "--eval-every", "10", "--log-every", "5"),
+    *("--hidden-dims", "16", "16", "--num-bins", "16", "--width", "16"),
+]
 
 
 def run_script(script, *flags, cwd=ROOT, check=True, env=None, timeout=300):

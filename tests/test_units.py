@@ -229,20 +229,21 @@ def test_policy_learns_a_constant_action():
     assert (samples - target).abs().mean() < 0.1
 
 
-def test_sample_cache_agrees_with_itself_and_leaves_the_generator_alone():
+def test_cached_samples_come_from_the_seed_and_leave_the_generator_alone():
     args = make_args(num_samples=4, batch_size=8, offline_steps=100)
     policy, states = parl.DiffusionPolicy(4, 2, args).eval(), torch.randn(30, 4)
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second = parl.SampleCache(policy, states, args), parl.SampleCache(policy, states, args)
+    first, second = parl.cached_samples(policy, states, args), parl.cached_samples(policy, states, args)
     assert torch.equal(torch.rand(1), expected)
-    rows = torch.tensor([3, 7])
-    batch = {"state_rows": rows, "obs": states[rows], "next_obs": states[rows + 1]}
-    assert first(batch).shape == (4, 4, 2) and torch.equal(first(batch), second(batch))
+    assert first.shape == (30, 4, 2) and torch.equal(first, second)
+    args.seed = 1
+    assert not torch.equal(parl.cached_samples(policy, states, args), first)
     args.sample_cache_gb = 0.0
-    uncached = parl.SampleCache(policy, states, args)
-    assert not torch.equal(uncached(batch), uncached(batch))
+    assert parl.cached_samples(policy, states, args) is None  # 0: drawn every time
+    args.sample_cache_gb, args.offline_steps = 1.0, 1
+    assert parl.cached_samples(policy, states, args) is None  # 16 touches do not pay for 30 states
 
 
 # ---------------------------------------------------------------- returns, buffer, datasets
