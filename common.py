@@ -414,12 +414,13 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
 EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the integers after it
 
 
-def run_episodes(envs, act, seeds, video_dir=None):
+def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
     """One episode per seed, each run to its end; the result does not depend on how many `envs` there are.
 
     act(obs (N, O), keys) -> actions (N, A) in [-1, 1]; keys[i] = (episode seed, step) seeds what is random in row i.
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
     success: info["success"] or info["is_success"] at any step, or where there is neither, ended by a positive reward.
+    batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number.
     """
     episodes = [{"observations": [], "steps": [], "success": False, "frames": []} for _ in seeds]
     waiting = [deque(range(i, len(seeds), len(envs))) for i in range(len(envs))]  # who runs what is settled beforehand
@@ -430,7 +431,9 @@ def run_episodes(envs, act, seeds, video_dir=None):
                 running[i] = waiting[i].popleft()
                 episodes[running[i]]["observations"].append(env.reset(seed=int(seeds[running[i]]))[0])
         obs = np.stack([episodes[j]["observations"][-1] for j in running.values()]).astype(np.float32)
-        actions = act(obs, [(int(seeds[j]), len(episodes[j]["steps"])) for j in running.values()])
+        keys = [(int(seeds[j]), len(episodes[j]["steps"])) for j in running.values()]
+        padding = max(0, batch_size - len(obs))
+        actions = act(np.concatenate([obs, obs[:1].repeat(padding, 0)]), keys + keys[:1] * padding)[: len(obs)]
         for (i, j), action in zip(list(running.items()), actions, strict=True):
             obs, reward, terminated, truncated, info = envs[i].step(action)
             episodes[j]["observations"].append(obs)
@@ -454,7 +457,7 @@ def run_episodes(envs, act, seeds, video_dir=None):
 def evaluate(envs, act, num_episodes, prefix="eval/"):
     """Means over `num_episodes` fixed seeds: {prefix + success_rate, return, length, steps_to_goal}, the last over
     successful episodes only and absent where there are none. envs, act: see `run_episodes`."""
-    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes))
+    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes), batch_size=10)
     lengths = {success: [len(e["rewards"]) for e in episodes if e["success"] == success] for success in (True, False)}
     means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
     means |= {"return": np.mean([e["rewards"].sum() for e in episodes])}
@@ -547,6 +550,8 @@ class Run:
             header = (self.directory / "metrics.csv").read_text().splitlines()[: self.rows + 1]
         if self.args.eval_only:
             return self.counters
+        if not self.args.resume and (self.directory / "metrics.csv").exists():
+            raise InputError(f"--run-dir {self.directory}: holds a run; expected a new folder, or --resume to go on")
         self.directory.mkdir(parents=True, exist_ok=True)
         versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
         self.config = {**vars(self.args), **self.identity, "python": sys.version.split()[0], **versions}
@@ -705,7 +710,11 @@ def read_metrics(path):
 def plot_curves(rows):
     """A matplotlib figure of success rate, steps to goal and values over the run's updates, the phases marked."""
     panels = {
-        "success rate": {"eval/success_rate": "optimised policy", "eval/policy_success_rate": "raw policy"},
+        "success rate": {
+            "eval/success_rate": "optimised policy",
+            "eval/policy_success_rate": "raw policy",
+            "train/success": "online episodes",
+        },
         "steps to goal": {"eval/steps_to_goal": "optimised policy", "eval/policy_steps_to_goal": "raw policy"},
         "value Q(s, a)": {"opt/q_after": "optimised", "opt/q_before": "policy's samples", "critic/q_data": "data's"},
     }
@@ -714,7 +723,8 @@ def plot_curves(rows):
     for axis, (label, columns) in zip(axes, panels.items(), strict=True):
         for column, name in columns.items():
             points = [(row["gradient_step"], row[column]) for row in rows if column in row]
-            axis.plot([x for x, _ in points], [y for _, y in points], marker=".", label=name)
+            line = "" if column == "train/success" else "-"
+            axis.plot([x for x, _ in points], [y for _, y in points], marker=".", linestyle=line, label=name)
         for before, row in pairwise([{"phase": "", "gradient_step": 0}, *rows]):
             if row["phase"] != before["phase"]:
                 axis.axvline(before["gradient_step"], color="0.6", linestyle=":")
@@ -747,3 +757,5 @@ def main(train, args_class, presets, description):
         train(args)
     except (InputError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -115,8 +115,8 @@ class Args:
 # What a family of environments changes. A flag on the command line wins over all of it.
 PRESETS = {
     "pointmaze": dict(
-        sparse_reward=True, reward_bias=-1.0, discount=0.98, num_threads=1, eval_every=250, log_every=100,
-        bc_steps=2000, offline_steps=2000, online_steps=500, online_episodes=None, batch_size=128,
+        sparse_reward=True, reward_bias=-1.0, discount=0.98, num_threads=1, eval_every=500, log_every=100,
+        bc_steps=8000, offline_steps=2000, online_steps=500, online_episodes=None, batch_size=128,
         hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.02, cql_weight=0.1,
         num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
         bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=64, num_layers=2,
@@ -561,7 +561,7 @@ def train(args: Args) -> Path:
         if args.capture_video:
             folder = run.directory / "videos" / f"{counters['phase']}-{counters['gradient_step']}"
             actor = act_raw if counters["phase"] == "bc" else act_optimized
-            common.run_episodes(eval_envs[:3], actor, common.EVALUATION_SEED + np.arange(3), folder)
+            common.run_episodes(eval_envs[:3], actor, common.EVALUATION_SEED + np.arange(3), video_dir=folder)
         return row
 
     def describe():

@@ -17,7 +17,7 @@ from common import read_metrics  # noqa: E402
 
 TITLES = {
     "full": "default: `python parl_diffusion.py`",
-    "bc2": "cloning only, twice the steps: `--bc-steps 4000 --offline-steps 0 --online-steps 0`",
+    "bc2": "cloning only, twice the steps: `--bc-steps 16000 --offline-steps 0 --online-steps 0`",
     "rerank": "re-ranking only: `--num-gradient-steps 0`",
     "gradient": "gradient steps only: `--num-samples 1 --num-keep 1`",
     "nocache": "samples drawn at every touch: `--sample-cache-gb 0`",

@@ -94,6 +94,8 @@ def test_a_run_leaves_its_files(script, finished):
     assert not list(directory.glob(".*.partial"))
     stdout = (directory / "stdout.txt").read_text()
     assert "--num-samples=8" in stdout and stdout.index("steps to goal") > 0
+    again = run_script(script, *SMALL, "--run-dir", directory, check=False)
+    assert again.returncode == 1 and "holds a run" in again.stderr
     checkpoint = load(directory)
     assert checkpoint["script"] == script and checkpoint["counters"]["env_step"] == last["env_step"]
 

@@ -364,21 +364,29 @@ def test_evaluation_is_the_same_with_1_and_8_environments():
     seeds = np.arange(100, 121)
     one = common.run_episodes([common.make_env("Countdown-v0")], act, seeds)
     eight = common.run_episodes([common.make_env("Countdown-v0") for _ in range(8)], act, seeds)
-    for name in one:
-        np.testing.assert_array_equal(one[name], eight[name])
-    assert len(set(one["length"])) > 5 and 0 < one["success"].mean() < 1
+    for first, second in zip(one, eight, strict=True):
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert len({len(episode["rewards"]) for episode in one}) > 5
+    assert 0 < sum(episode["success"] for episode in one) < len(seeds)
 
 
 def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments():
-    args = make_args(num_samples=4, num_keep=2, num_gradient_steps=1)
+    """Bit for bit, actions included: noise comes from the keys, and rounding does not depend on who acts beside whom."""
+    torch.manual_seed(0)
+    args = make_args(num_samples=8, num_keep=3, num_gradient_steps=2, num_bins=128, hidden_dims=(128, 128), width=64)
     policy, critic = parl.DiffusionPolicy(4, 2, args).eval(), parl.Critic(4, 2, args)
 
     def act(obs, keys):
         return parl.act(policy, critic, torch.from_numpy(obs), args, keys).numpy()
 
-    env_id = "pointmaze-umaze-play"
-    one, eight = (common.evaluate([common.make_env(env_id) for _ in range(n)], act, 8) for n in (1, 8))
-    assert one == eight
+    def run(num_envs):
+        envs = [common.make_env("pointmaze-umaze-play") for _ in range(num_envs)]
+        return common.run_episodes(envs, act, np.arange(8), batch_size=10)
+
+    one, eight = run(1), run(8)
+    for first, second in zip(one, eight, strict=True):
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert not np.array_equal(one[0]["actions"], one[1]["actions"])
 
 
 def test_means_over_episodes():
