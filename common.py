@@ -20,6 +20,7 @@ import signal
 import sys
 import textwrap
 import time
+import uuid
 import zipfile
 from collections import deque
 from itertools import pairwise
@@ -264,11 +265,26 @@ def generate_pointmaze(env_id, num_transitions, seed=0):
 # ======================================== ENVIRONMENTS AND DATASETS ========================================
 
 
-def make_env(env_id, render=False):
+class Success(gym.Wrapper):
+    """Puts info["success"] into every step: the environment's own, or its info["is_success"], or where it reports
+    neither, an end with a positive reward. With `ends`, the first success ends the episode."""
+
+    def __init__(self, env, ends):
+        super().__init__(env)
+        self.ends = ends
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        success = bool(info.get("success", info.get("is_success", terminated and reward > 0)))
+        return obs, float(reward), bool(terminated or (success and self.ends)), truncated, {**info, "success": success}
+
+
+def make_env(env_id, sparse=False, render=False):
     """The environment `env_id`: one of POINTMAZES, or any gymnasium id (also "module:Id").
 
-    Its observations are flat (O,), dicts in the order of their space's keys; its actions (A,) are rescaled to [-1, 1].
-    Raises InputError for an unknown id, with near misses, or for an action space that is not a bounded Box.
+    Its observations are flat (O,), dicts in the order of their space's keys; its actions (A,) are rescaled to [-1, 1];
+    it is wrapped in Success, and where rewards are sparse ends at the first one. Raises InputError for an unknown id,
+    with near misses, or for an action space that is not a bounded Box.
     """
     try:
         if env_id in POINTMAZES:
@@ -282,7 +298,7 @@ def make_env(env_id, render=False):
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
         raise InputError(f"--env-id {env_id}: its action space is {space}; expected a bounded Box of one dimension")
-    env = gym.wrappers.FlattenObservation(env)
+    env = Success(gym.wrappers.FlattenObservation(env), sparse)
     rescaled = (space.low != -1).any() or (space.high != 1).any()
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if rescaled else env
 
@@ -328,7 +344,7 @@ def read_dataset(path):
         else:
             with h5py.File(path, "r") as file:
                 data = {key: file[key][()] for key in DATASET_KEYS if key in file}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{where}: cannot be read as {'npz' if path.suffix == '.npz' else 'HDF5'} ({error})"
         ) from error
@@ -364,8 +380,8 @@ def split_episodes(data):
     """(start, stop) of every episode in the arrays of a dataset file, and next_observations (N, O).
 
     An episode ends where terminal, at a timeout, and where the next row's observation is not this row's next one.
-    Without next_observations in the file they are the following rows: at a timeout, and at the end of the file, that is
-    not known and the transition is dropped; at a terminal it is not needed.
+    Without next_observations in the file they are the following rows, at a terminal the row itself (no value follows);
+    at a timeout, and at the end of the file, none is known and the transition is dropped.
     NOTE(differs): the last transition is kept when its next observation is known (released: always dropped).
     """
     observations, terminals = data["observations"], data["terminals"].astype(bool)
@@ -375,7 +391,8 @@ def split_episodes(data):
         next_observations, known = data["next_observations"], np.ones(len(ends), bool)
         ends[:-1] |= np.linalg.norm(observations[1:] - next_observations[:-1], axis=1) > 1e-6
     else:
-        next_observations, known = np.concatenate([observations[1:], observations[-1:]]), terminals | ~ends
+        following, known = np.concatenate([observations[1:], observations[-1:]]), terminals | ~ends
+        next_observations = np.where(terminals[:, None], observations, following)
     stops = np.flatnonzero(ends) + 1
     starts, stops = np.concatenate([[0], stops[:-1]]), np.where(known[stops - 1], stops, stops - 1)
     return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start], next_observations
@@ -385,8 +402,8 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     """The dataset of `env_id` as a ReplayBuffer of rewards * scale + bias; its `sha256` is the file's.
 
     The file (HDF5 or npz) has observations (N, O), actions (N, A) in the environment's own units, rewards, terminals,
-    timeouts (N,), and optionally next_observations (N, O). sparse: an episode ends where the scaled reward first
-    reaches 0, which is success. Raises InputError naming file, key and first bad index.
+    timeouts (N,), and optionally next_observations (N, O). sparse: an episode is split where the scaled
+    reward reaches 0, which is success; what follows is another. Raises InputError naming file, key and first bad index.
     """
     path, env = dataset_file(env_id, dataset_path), make_env(env_id)
     data = read_dataset(path)
@@ -401,6 +418,8 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     buffer = ReplayBuffer(env.observation_space.shape[0], env.action_space.shape[0])
     buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     episodes, next_observations = split_episodes(data)
+    if not episodes:
+        raise InputError(f"--dataset-path {path}: no transition has a next observation; expected at least 1")
     for start, stop in episodes:
         masks = 1.0 - data["terminals"][start:stop]
         returns = mc_returns(rewards[start:stop], masks, discount, sparse)
@@ -419,7 +438,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
 
     act(obs (N, O), keys) -> actions (N, A) in [-1, 1]; keys[i] = (episode seed, step) seeds what is random in row i.
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
-    success: info["success"] or info["is_success"] at any step, or where there is neither, ended by a positive reward.
+    success (at any step).
     batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number.
     """
     episodes = [{"observations": [], "steps": [], "success": False, "frames": []} for _ in seeds]
@@ -438,7 +457,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
             obs, reward, terminated, truncated, info = envs[i].step(action)
             episodes[j]["observations"].append(obs)
             episodes[j]["steps"].append((action, float(reward), 1.0 - terminated))
-            episodes[j]["success"] |= bool(info.get("success", info.get("is_success", terminated and reward > 0)))
+            episodes[j]["success"] |= info["success"]
             if video_dir:
                 episodes[j]["frames"].append(envs[i].render())
             if terminated or truncated:
@@ -468,7 +487,8 @@ def evaluate(envs, act, num_episodes, prefix="eval/"):
 def max_env_steps(env, args):
     """Environment steps of the online phase: --online-steps, and no more than --online-episodes can take."""
     steps, episodes = (math.inf if n is None else n for n in (args.online_steps, args.online_episodes))
-    return min(steps, episodes * (getattr(env.spec, "max_episode_steps", None) or 1000))
+    limit = env.get_wrapper_attr("_max_episode_steps") if env.has_wrapper_attr("_max_episode_steps") else 1000
+    return min(steps, episodes * limit)
 
 
 # ======================================== THE FILES OF A RUN ========================================
@@ -509,6 +529,7 @@ class Run:
         )
         self.counters = dict.fromkeys("bc offline distill env_step episode successes gradient_step".split(), 0)  # noqa: SIM905
         self.counters |= {"phase": "bc", "seconds": {}}
+        self.wandb_id = uuid.uuid4().hex
         self.sums, self.counts, self.lap_start, self.lap_step = {}, {}, time.perf_counter(), 0
 
     def keep(self, **objects):
@@ -523,6 +544,8 @@ class Run:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise InputError(f"{flag} {path}: not a checkpoint ({str(error).splitlines()[0]})") from error
+        if not isinstance(checkpoint, dict):
+            raise InputError(f"{flag} {path}: holds a {type(checkpoint).__name__}; expected the checkpoint.pt of a run")
         for name, expected in self.identity.items():
             if checkpoint.get(name) != expected:
                 raise InputError(f"{flag} {path}: {name} is {checkpoint.get(name)} there; expected {expected}")
@@ -542,7 +565,11 @@ class Run:
         if self.args.resume:
             checkpoint = self.load(self.directory / "checkpoint.pt", "--resume", **self.kept)
             self.counters, self.sums, self.counts = (checkpoint[name] for name in ("counters", "sums", "counts"))
-            self.rows, self.lap_step = checkpoint["rows"], self.counters["gradient_step"]
+            self.rows, self.wandb_id, self.lap_step = (
+                checkpoint["rows"],
+                checkpoint["wandb_id"],
+                self.counters["gradient_step"],
+            )
             self.generator.bit_generator.state = json.loads(checkpoint["numpy_rng"])
             torch.set_rng_state(checkpoint["torch_rng"])
             if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
@@ -559,8 +586,12 @@ class Run:
         self.replace("metrics.csv", lambda file: file.write("".join(line + "\n" for line in header).encode()))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
+        print(
+            textwrap.fill(" ".join(f"--{k.replace('_', '-')}={v}" for k, v in vars(self.args).items()), 118), flush=True
+        )
         if self.args.track:
             self.try_wandb(self.start_wandb)
+        self.save()
         return self.counters
 
     def save(self):
@@ -572,7 +603,8 @@ class Run:
             args=vars(self.args), counters=self.counters, sums=self.sums, counts=self.counts, rows=self.rows
         )
         checkpoint |= dict(numpy_rng=json.dumps(self.generator.bit_generator.state), torch_rng=torch.get_rng_state())
-        self.replace("checkpoint.pt", lambda file: torch.save(checkpoint | {"cuda_rng": cuda_rng}, file))
+        checkpoint |= dict(cuda_rng=cuda_rng, wandb_id=self.wandb_id)
+        self.replace("checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def replace(self, name, write):
         with open(self.directory / f".{name}.partial", "wb") as file:
@@ -605,7 +637,6 @@ class Run:
 
     def log(self, info):
         """One row of metrics.csv: where the run is, the means since the last row, and `info`."""
-        self.check_finite()
         done, seconds = self.counters, time.perf_counter() - self.lap_start
         done["seconds"][done["phase"]] = done["seconds"].get(done["phase"], 0.0) + seconds
         row = {name: done[name] for name in COLUMNS[:4]}
@@ -637,6 +668,7 @@ class Run:
                 bar.update()
                 due = done[phase] % self.args.eval_every == 0 or done[phase] == num_steps
                 if due or done[phase] % self.args.log_every == 0:
+                    self.check_finite()
                     self.log({**info(), **(evaluate() if due else {})})
                 self.save_if(due)
 
@@ -655,6 +687,7 @@ class Run:
                 due = before // args.eval_every < done["env_step"] // args.eval_every
                 due |= done["env_step"] >= max_steps or done["episode"] >= max_episodes
                 self.episode["train/regret"] = 1 - done["successes"] / done["episode"]
+                self.check_finite()
                 self.log({**self.episode, **info(), **(evaluate() if due else {})})
                 self.save_if(True)
 
@@ -675,7 +708,7 @@ class Run:
     def start_wandb(self):
         import wandb
 
-        name = dict(name=self.directory.name, id=self.directory.name, dir=self.directory, resume="allow")
+        name = dict(name=self.directory.name, id=self.wandb_id, dir=self.directory, resume="allow")
         self.wandb = wandb.init(
             project=self.args.wandb_project, entity=self.args.wandb_entity, config=self.config, **name
         )
@@ -742,6 +775,8 @@ def main(train, args_class, presets, description):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", "--env_id", default=args_class.env_id)
     first.add_argument("--resume", default="")
+    first.add_argument("--online-steps", "--online_steps")
+    first.add_argument("--online-episodes", "--online_episodes")
     given, _ = first.parse_known_args()
     defaults = {"env_id": given.env_id, **presets.get(given.env_id.split("-")[0], {})}
     try:
@@ -752,9 +787,9 @@ def main(train, args_class, presets, description):
             saved = json.loads(config.read_text())
             defaults = {field.name: saved[field.name] for field in dataclasses.fields(args_class)}
             defaults["hidden_dims"] = tuple(defaults["hidden_dims"])
-        args = tyro.cli(args_class, default=args_class(**defaults), description=description)
-        print(textwrap.fill(" ".join(f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items()), 118))
-        train(args)
+        if given.online_steps or given.online_episodes:  # the one that is given counts alone
+            defaults |= {"online_steps": None, "online_episodes": None}
+        train(tyro.cli(args_class, default=args_class(**defaults), description=description))
     except (InputError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

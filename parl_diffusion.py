@@ -59,7 +59,7 @@ class Args:
     bc_steps: int = 3_000_000  # gradient steps of behaviour cloning
     offline_steps: int = 1_000_000  # critic updates of offline RL; 0: pure online
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
-    online_episodes: int | None = 1000  # episodes of fine-tuning; with --online-steps, whichever comes first
+    online_episodes: int | None = 1000  # episodes of fine-tuning; with --online-steps given too, whichever comes first
     batch_size: int = 256  # transitions per update (B)
     # rewards: learned from as reward * scale + bias
     discount: float = 0.99  # gamma, per environment step
@@ -100,7 +100,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
     wandb_project: str = "parl"  # see --track
     wandb_entity: str | None = None  # see --track
-    capture_video: bool = False  # write three episodes at the end of each phase to videos/
+    capture_video: bool = False  # write three episodes of each evaluation to videos/
     # policy
     bc_lr: float = 3e-4  # Adam in behaviour cloning, cosine to 0
     distill_lr: float = 5e-5  # Adam in distillation
@@ -165,6 +165,8 @@ class DiffusionPolicy(nn.Module):
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
         self.act_dim = act_dim
+        if args.width % 4:
+            raise InputError(f"--width {args.width}: expected a multiple of 4")
         time_dim = args.width // 2
         self.fourier = nn.Parameter(0.2 * torch.randn(time_dim // 2, 1))
         self.time_expand = dense(time_dim, 2 * time_dim)
@@ -189,7 +191,10 @@ class DiffusionPolicy(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs, num_samples, seeds=None):
-        """obs (B, O) -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i]."""
+        """obs (B, O) -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i].
+
+        NOTE(differs): actions are clipped after every reverse step, not only the last (as in the released code).
+        """
         shape = (len(obs), len(self.betas), num_samples, self.act_dim)
         noise = common.seeded_normal(shape, seeds, obs.device).unbind(1)  # per denoising step (B, K, A)
         obs = obs[:, None].expand(-1, num_samples, -1)  # (B, K, O)
@@ -207,6 +212,7 @@ class DiffusionPolicy(nn.Module):
         """Squared error of the predicted noise (DDPM, algorithm 1), summed over A, averaged over B.
 
         obs (B, O), actions (B, A) -> scalar. steps (B, 1) and noise (B, A) inject the draws.
+        NOTE(differs): the loss is summed over action dimensions before it is averaged (as in the released code).
         """
         if steps is None:
             steps = torch.randint(len(self.betas), (len(obs), 1), device=obs.device)
@@ -224,6 +230,7 @@ def hl_gauss(target, args):
 
     HL-Gauss (Farebrother et al., 2024, eq. 3.2): differences of normal CDFs over the bins' edges, renormalised. They
     are taken of log CDFs in the left tail, accurate there: a target far outside lands on the border bin, not on 0 / 0.
+    NOTE(differs): targets beyond the range are renormalised onto border bins, not clipped (as in the released code).
     NOTE(differs): the standard deviation is sqrt(2) * 0.75 bins, not 0.75 (as in the released code).
     """
     edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1, device=target.device)
@@ -241,7 +248,7 @@ def value_range(rewards, args):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
     low, high = (float(bound(rewards, initial=0.0)) / (1 - args.discount) for bound in (np.min, np.max))
     low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
-    if low >= high:
+    if not low < high:
         raise InputError(f"--q-min {low}: expected less than --q-max {high}")
     return low, high
 
@@ -339,9 +346,13 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
 
 
 def choose(actions, q, sample=False):
-    """One of M actions: the best, or a draw from softmax(q). actions (B, M, A), q (B, M) -> (B, A)."""
-    index = torch.distributions.Categorical(logits=q).sample() if sample else q.argmax(1)
-    return actions[torch.arange(len(q), device=q.device), index]
+    """One of M actions: the best, or a draw from softmax(q). actions (B, M, A), q (B, M) -> (B, A).
+
+    NOTE(differs): distillation draws at temperature 1, all else takes the best (as in the released code).
+    """
+    if sample:
+        q = q - torch.empty_like(q).exponential_().log()  # plus Gumbel noise: its argmax is a draw from softmax(q)
+    return actions[torch.arange(len(q), device=q.device), q.argmax(1)]
 
 
 def act(policy, critic, obs, args, seeds=None):
@@ -363,20 +374,20 @@ def optimization_info(critic, obs, candidates, args):
         "opt/q_before": q_before,
         "opt/q_after": q_after,
         "opt/improvement": q_after - q_before,
-        "opt/candidate_entropy": torch.distributions.Categorical(logits=q).entropy().mean(),
+        "opt/candidate_entropy": -(torch.softmax(q, 1) * torch.log_softmax(q, 1)).sum(1).mean(),
         "opt/grad_norm": gradient.norm(dim=-1).mean(),
         "opt/l1_move": moved.sum(-1).mean(),
         "opt/tokens_changed": (moved > 1 / 127).float().mean(),  # by more than half of a 128th
     }
 
 
-def cached_samples(policy, states, args):
+def cached_samples(policy, states, act_dim, args):
     """A frozen policy's K samples at each of states (S, O), (S, K, A) in float16, from the seed alone. None, to draw at
     every touch, where they exceed --sample-cache-gb or the offline phase touches fewer states than there are.
 
     NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
     """
-    gigabytes = 2e-9 * len(states) * args.num_samples * policy.act_dim
+    gigabytes = 2e-9 * len(states) * args.num_samples * act_dim
     if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
         return None
     with torch.random.fork_rng():
@@ -445,7 +456,10 @@ def move_average(average, network, rate):
 
 
 def update_critic(critic, target_critic, optimizer, batch, samples, args):
-    """One critic update on a batch and the policy's samples (2B, K, A) at its obs and next_obs -> info."""
+    """One critic update on a batch and the policy's samples (2B, K, A) at its obs and next_obs -> info.
+
+    NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
+    """
     actions, q = optimize_actions(critic, torch.cat([batch["obs"], batch["next_obs"]]), samples, args)
     policy_actions, next_policy_actions = choose(actions, q).chunk(2)
     batch = {**batch, "policy_actions": policy_actions, "next_policy_actions": next_policy_actions}
@@ -484,13 +498,17 @@ def check(args):
     """Raises InputError, naming the flag, for what cannot run."""
     at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "width"}
     at_least_one |= {"num_layers", "diffusion_steps", "critic_utd", "num_eval_episodes", "eval_every", "log_every"}
-    upper = dict(num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6)
+    upper = dict(
+        num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6, dropout=1
+    )
     for name, value in vars(args).items():
         low, high = int(name in at_least_one), upper.get(name, math.inf)
         signed = name in ("reward_scale", "reward_bias", "q_min", "q_max")
         if isinstance(value, (int, float)) and not signed and not low <= value <= high:
             expected = f"between {low} and {high}" if name in upper else f"at least {low}"
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+    if not args.hidden_dims or min(args.hidden_dims) < 1:
+        raise InputError(f"--hidden-dims {args.hidden_dims}: expected one or more widths of at least 1")
     if args.online_steps is None and args.online_episodes is None:
         raise InputError("--online-steps None and --online-episodes None: expected a number for one of them")
     if args.eval_only and not args.resume:
@@ -503,15 +521,16 @@ def train(args: Args) -> Path:
     device, generator = common.start(args)  # torch's own generator draws noise, this one batches
 
     # Environment, data, networks
-    env = common.make_env(args.env_id)
-    eval_envs = [common.make_env(args.env_id, args.capture_video) for _ in range(min(10, args.num_eval_episodes))]
+    env = common.make_env(args.env_id, args.sparse_reward)
+    num_envs, env_args = min(10, args.num_eval_episodes), (args.env_id, args.sparse_reward, args.capture_video)
+    eval_envs = [common.make_env(*env_args) for _ in range(num_envs)]
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     dataset, online = common.ReplayBuffer(obs_dim, act_dim), common.ReplayBuffer(obs_dim, act_dim)
     if args.bc_steps or args.offline_ratio:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
         dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as)
     else:
-        args.offline_steps = 0  # nothing to learn from yet
+        args.offline_steps = args.offline_distill_steps = 0  # nothing to learn from yet
     args.q_min, args.q_max = value_range(dataset.rewards[: len(dataset)], args)
     states = dataset.states[: dataset.num_states]
     # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
@@ -540,7 +559,11 @@ def train(args: Args) -> Path:
         batch = {name: value.to(device) for name, value in batch.items()}
         return {**batch, "obs": normalizer(batch["obs"]), "next_obs": normalizer(batch["next_obs"])}
 
-    def draw_samples(batch):  # (2B, K, A) at obs and next_obs
+    def draw_samples(batch):
+        """(2B, K, A), at obs and next_obs.
+
+        NOTE(differs): obs and next_obs get different noise (released: the same seed).
+        """
         return policy_ema.sample(torch.cat([batch["obs"], batch["next_obs"]]), args.num_samples)
 
     def act_raw(obs, keys):  # (N, O) raw observations -> (N, A)
@@ -591,7 +614,7 @@ def train(args: Args) -> Path:
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
     left = counters["offline"] < args.offline_steps
-    cache = cached_samples(policy_ema, normalizer(torch.from_numpy(states).to(device)), args) if left else None
+    cache = cached_samples(policy_ema, normalizer(torch.from_numpy(states).to(device)), act_dim, args) if left else None
     for _ in run.steps("offline", args.offline_steps, evaluate, describe):
         with run.timed("time/critic_ms"):
             batch = draw_batch(args.batch_size)
@@ -605,7 +628,8 @@ def train(args: Args) -> Path:
     for step in run.steps("distill", args.offline_distill_steps, evaluate):
         distill(args.batch_size, learning_rate(args.distill_lr, step, args.offline_distill_steps, args))
 
-    # Phase 3: online fine-tuning, an episode at a time. The optimisers start afresh, networks and target go on
+    # Phase 3: online fine-tuning: collect an episode, distil, update the critic
+    # NOTE(differs): going online both optimisers start afresh, networks and target go on (as in the released code).
     if counters["phase"] != "online":
         policy_optimizer.state.clear()
         critic_optimizer.state.clear()

@@ -235,15 +235,15 @@ def test_cached_samples_come_from_the_seed_and_leave_the_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second = parl.cached_samples(policy, states, args), parl.cached_samples(policy, states, args)
+    first, second = parl.cached_samples(policy, states, 2, args), parl.cached_samples(policy, states, 2, args)
     assert torch.equal(torch.rand(1), expected)
     assert first.shape == (30, 4, 2) and torch.equal(first, second)
     args.seed = 1
-    assert not torch.equal(parl.cached_samples(policy, states, args), first)
+    assert not torch.equal(parl.cached_samples(policy, states, 2, args), first)
     args.sample_cache_gb = 0.0
-    assert parl.cached_samples(policy, states, args) is None  # 0: drawn every time
+    assert parl.cached_samples(policy, states, 2, args) is None  # 0: drawn every time
     args.sample_cache_gb, args.offline_steps = 1.0, 1
-    assert parl.cached_samples(policy, states, args) is None  # 16 touches do not pay for 30 states
+    assert parl.cached_samples(policy, states, 2, args) is None  # 16 touches do not pay for 30 states
 
 
 # ---------------------------------------------------------------- returns, buffer, datasets
@@ -371,7 +371,7 @@ def test_evaluation_is_the_same_with_1_and_8_environments():
 
 
 def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments():
-    """Bit for bit, actions included: noise comes from the keys, and rounding does not depend on who acts beside whom."""
+    """Bit for bit, actions included: noise comes from keys, and rounding does not depend on who acts beside whom."""
     torch.manual_seed(0)
     args = make_args(num_samples=8, num_keep=3, num_gradient_steps=2, num_bins=128, hidden_dims=(128, 128), width=64)
     policy, critic = parl.DiffusionPolicy(4, 2, args).eval(), parl.Critic(4, 2, args)
