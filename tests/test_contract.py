@@ -58,8 +58,10 @@ def test_no_work_at_import_and_nothing_of_ours_but_common(script):
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert "common" in imported and not any(name.startswith("parl_") for name in imported)
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.If, ast.Expr)
-    assert all(isinstance(node, allowed) for node in tree.body)
+    *body, last = tree.body
+    assert isinstance(body[0].value, ast.Constant) and ast.unparse(last.test) == "__name__ == '__main__'"
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
+    assert all(isinstance(node, allowed) for node in body[1:])
 
 
 def test_every_flag_is_read(script):
@@ -153,6 +155,10 @@ def test_bad_dataset_files(tmp_path):
     truncated, text = tmp_path / "truncated.hdf5", tmp_path / "text.npz"
     truncated.write_bytes(good.read_bytes()[:1000])
     text.write_text("hello")
+    with h5py.File(tmp_path / "group.hdf5", "w") as file:
+        file.create_group("actions")
+    np.savez(tmp_path / "lost.npz", observations=np.zeros((1, 4)), actions=np.zeros((1, 2)), rewards=np.zeros(1),
+             terminals=np.zeros(1), timeouts=np.ones(1))  # fmt: skip
     pickled = tmp_path / "pickled.npz"
     np.savez(pickled, observations=np.array([{}], dtype=object))
     for path, message in [
@@ -161,6 +167,8 @@ def test_bad_dataset_files(tmp_path):
         (truncated, "cannot be read as HDF5"),
         (text, "cannot be read as npz"),
         (pickled, "cannot be read as npz"),  # nothing is unpickled
+        (tmp_path / "group.hdf5", "cannot be read as HDF5"),
+        (tmp_path / "lost.npz", "no transition has a next observation"),
     ]:
         with pytest.raises(common.InputError, match=message):
             common.load_dataset("pointmaze-umaze-play", path)
@@ -188,6 +196,12 @@ BAD_FLAGS = {
     "--eval-only": "--eval-only: expected --resume RUN",
     "--resume nowhere": "--resume nowhere: no config.json",
     "--policy-checkpoint nowhere.pt": "--policy-checkpoint nowhere.pt: no such file",
+    "--width 6": "--width 6: expected a multiple of 4",
+    "--dropout 1.5": "--dropout 1.5: expected between 0 and 1",
+    "--hidden-dims 0": "--hidden-dims (0,): expected one or more widths",
+    "--critic-utd 0": "--critic-utd 0: expected at least 1",
+    "--online-steps None": "expected a number for one of them",
+    "--q-min nan": "--q-min nan: expected less than --q-max",
     "--q-min 5 --q-max 0": "--q-min 5.0: expected less than --q-max",
 }
 if not torch.cuda.is_available():

@@ -50,7 +50,7 @@ def assert_same(first, second, path=""):
     if isinstance(first, dict):
         assert first.keys() == second.keys(), path
         for key in first:
-            if key not in ("seconds", "args") and not str(key).startswith("time/"):
+            if key not in ("seconds", "args", "wandb_id") and not str(key).startswith("time/"):
                 assert_same(first[key], second[key], f"{path}/{key}")
     elif isinstance(first, (list, tuple)):
         assert len(first) == len(second), path
@@ -100,15 +100,23 @@ def test_a_run_leaves_its_files(script, finished):
     assert checkpoint["script"] == script and checkpoint["counters"]["env_step"] == last["env_step"]
 
 
+def within(counters, phase):
+    """Is a checkpoint with these counters inside `phase` of a SMALL run, neither at its start nor at its end?"""
+    return {
+        "bc": 0 < counters["bc"] < 20,
+        "offline": 0 < counters["offline"] < 20,
+        "online": 0 < counters["env_step"] < 60,
+    }[phase]
+
+
 def interrupt(script, directory, phase, number):
-    """Start a run, send it a signal `number` once its checkpoint is in `phase`, return its exit status."""
+    """Start a run, send it signal `number` once its checkpoint is within `phase`, return its exit status and output."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *SMALL, "--run-dir", str(directory)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (directory / "metrics.csv").exists() and f"\n{phase}," in (directory / "metrics.csv").read_text():
-            break
+    while process.poll() is None:
         time.sleep(0.005)
+        if (directory / "checkpoint.pt").exists() and within(load(directory)["counters"], phase):
+            break
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output
@@ -127,27 +135,38 @@ def test_killed_and_resumed_others(other, finished, tmp_path):
 def check_kill(script, phase, finished, tmp_path):
     directory = tmp_path / "killed"
     code, _ = interrupt(script, directory, phase, signal.SIGKILL)
-    assert code == -signal.SIGKILL
+    assert code == -signal.SIGKILL and within(load(directory)["counters"], phase)
     with open(directory / "metrics.csv", "a") as file:
         file.write("offline,9999,0,0\noff")  # rows past the checkpoint, the last one half-written
-    if not (directory / "checkpoint.pt").exists():  # killed before the first one: starts over
-        shutil.rmtree(directory)
-        run_script(script, *SMALL, "--run-dir", directory)
-    else:
-        run_script(script, "--resume", directory)
+    run_script(script, "--resume", directory)
     assert metrics(directory) == metrics(finished(script))
     assert_same(load(directory), load(finished(script)))
 
 
-@pytest.mark.parametrize(
-    "phase, number", [("bc", signal.SIGTERM), ("offline", signal.SIGINT), ("online", signal.SIGTERM)]
-)
+def test_killed_before_anything_happened(finished, tmp_path):
+    """The first checkpoint is written before the first update."""
+    directory = tmp_path / "early"
+    command = [sys.executable, str(ROOT / "parl_diffusion.py"), *SMALL, "--run-dir", str(directory)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (directory / "checkpoint.pt").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert load(directory)["counters"]["gradient_step"] == 0
+    run_script("parl_diffusion", "--resume", directory)
+    assert metrics(directory) == metrics(finished("parl_diffusion"))
+    assert_same(load(directory), load(finished("parl_diffusion")))
+
+
+PHASES_AND_SIGNALS = [("bc", signal.SIGTERM), ("offline", signal.SIGINT), ("online", signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("phase, number", PHASES_AND_SIGNALS)
 def test_signals_save_and_exit_cleanly(phase, number, finished, tmp_path):
     directory = tmp_path / "stopped"
     code, output = interrupt("parl_diffusion", directory, phase, number)
-    assert code == 0 and "Traceback" not in output
-    if load(directory)["counters"] != load(finished("parl_diffusion"))["counters"]:
-        run_script("parl_diffusion", "--resume", directory)
+    assert code == 0 and "Traceback" not in output and "to go on: --resume" in output
+    run_script("parl_diffusion", "--resume", directory)
     assert metrics(directory) == metrics(finished("parl_diffusion"))
     assert_same(load(directory), load(finished("parl_diffusion")))
 
@@ -182,6 +201,10 @@ def test_modes(script, finished, tmp_path):
     )
     rows = common.read_metrics(tmp_path / "pure" / "metrics.csv")
     assert {row["phase"] for row in rows} == {"online"}
+    flags = ["--offline-steps", 0, "--policy-utd", 2, "--critic-utd", 3, "--online-episodes", 1]
+    run_script(script, *SMALL, *flags, "--run-dir", tmp_path / "mixed")
+    last = common.read_metrics(tmp_path / "mixed" / "metrics.csv")[-1]
+    assert last["gradient_step"] == 20 + 3 * last["env_step"] and last["episode"] == 1
     flags = ["--bc-steps", 0, "--offline-ratio", 0, "--online-episodes", 2, "--online-steps", 1000, "--num-bins", 0]
     flags += ["--no-normalize-obs", "--distill-argmax", "--sample-cache-gb", 0]
     run_script(script, *SMALL, *flags, "--run-dir", tmp_path / "nothing")
@@ -248,6 +271,23 @@ def test_one_file_copied_elsewhere_runs_with_common_alone(script, tmp_path):
     assert directory.name.startswith(f"pointmaze-umaze-play__{script}__0__")
 
 
+def test_readme_snippet_loads_and_acts(finished):
+    readme = (ROOT / "README.md").read_text()
+    code = readme[readme.index("```python\n") + len("```python\n") :].split("```")[0]
+    assert "runs/X/checkpoint.pt" in code and len(code.strip().splitlines()) <= 12
+    code = code.replace("runs/X/checkpoint.pt", str(finished("parl_diffusion") / "checkpoint.pt"))
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.count("tensor([[") == 2
+
+
+def test_a_loss_that_explodes_stops_the_run_with_one_line(tmp_path):
+    flags = ["--critic-lr", "1e30", "--run-dir", tmp_path / "run"]
+    result = run_script("parl_diffusion", *SMALL, *flags, check=False)
+    assert result.returncode == 1 and "is not finite" in result.stderr and "Traceback" not in result.stderr
+    assert load(tmp_path / "run")["counters"]["bc"] == 20
+    assert all(torch.isfinite(value).all() for value in load(tmp_path / "run")["critic"].values())
+
+
 def test_help_shows_what_will_run(script):
     text = run_script(script, "--help", env={"COLUMNS": "300"}).stdout
     assert "pointmaze-umaze-play" in text and "--num-gradient-steps" in text and "(default: 3)" in text
@@ -255,7 +295,7 @@ def test_help_shows_what_will_run(script):
     assert "(default: 3000000)" in text
 
 
-def test_traced_critic_update_agrees_with_eager():
+def test_traced_updates_agree_with_eager():
     """What --compile traces, without the code generation, which on a CPU needs a C++ compiler and a minute."""
     import copy
 
@@ -263,17 +303,21 @@ def test_traced_critic_update_agrees_with_eager():
 
     torch.manual_seed(0)
     args = parl.Args(hidden_dims=(16,), ensemble_size=2, num_bins=11, q_min=-10.0, q_max=0.0, num_samples=4, num_keep=2)
-    args.num_gradient_steps = 2
-    critics = [parl.Critic(3, 2, args)]
-    critics.append(copy.deepcopy(critics[0]))
+    args.num_gradient_steps, args.width, args.dropout = 2, 16, 0.0
     batch = {name: torch.randn(8, 3) for name in ("obs", "next_obs")} | {"actions": torch.rand(8, 2) * 2 - 1}
     batch |= {"rewards": -torch.ones(8), "masks": torch.ones(8), "mc_returns": -torch.ones(8)}
     samples = torch.rand(16, 4, 2) * 2 - 1
-    losses = []
-    for critic, update in zip(
-        critics, (parl.update_critic, torch.compile(parl.update_critic, backend="aot_eager")), strict=True
-    ):
+    critic, policy = parl.Critic(3, 2, args), parl.DiffusionPolicy(3, 2, args)
+
+    def losses(update_critic, update_policy):
+        networks = copy.deepcopy((critic, critic, policy, policy))
+        adams = [torch.optim.Adam(networks[i].parameters(), lr=1e-3) for i in (0, 2)]
         torch.manual_seed(1)
-        optimizer, target = torch.optim.Adam(critic.parameters(), lr=1e-3), copy.deepcopy(critic)
-        losses.append(update(critic, target, optimizer, batch, samples, args)["critic/loss"])
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+        for lr in (1e-3, 2e-3):
+            info = update_critic(*networks[:2], adams[0], batch, samples, args)
+            loss = update_policy(*networks[2:], adams[1], batch["obs"], batch["actions"], lr, args)
+        return info["critic/loss"], loss
+
+    traced = [torch.compile(f, backend="aot_eager") for f in (parl.update_critic, parl.update_policy)]
+    for first, second in zip(losses(parl.update_critic, parl.update_policy), losses(*traced), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)

@@ -303,6 +303,8 @@ def test_split_without_next_observations_drops_what_is_not_known():
 
 def test_split_with_next_observations_keeps_all_and_sees_jumps():
     following = np.array([1, 2, 50, 4, 5, 6], np.float32)[:, None]
+    unknown = common.split_episodes(arrays(3, terminals=np.array([0, 1, 1], bool)))[1]
+    assert unknown[:, 0].tolist() == [1, 1, 2]  # at a terminal the row itself, not another episode's start
     episodes, next_observations = common.split_episodes(arrays(6, next_observations=following))
     assert episodes == [(0, 3), (3, 6)]
     assert next_observations[2, 0] == 50
@@ -355,6 +357,26 @@ def test_any_environment_is_flattened_and_rescaled():
     np.testing.assert_allclose(env.unwrapped.taken, [7.5, 0])
 
 
+def test_a_sparse_episode_ends_at_its_first_success():
+    class Reach(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-9, 9, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            self.t = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.zeros(1, np.float32), 0.0, False, self.t == 9, {"is_success": self.t == 4}
+
+    gym.register("Reach-v0", entry_point=Reach)
+    for sparse, length in ((True, 4), (False, 9)):
+        env = common.make_env("Reach-v0", sparse)
+        (episode,) = common.run_episodes([env], lambda obs, keys: np.zeros((1, 1), np.float32), [0])
+        assert len(episode["rewards"]) == length and episode["success"]
+        assert episode["masks"].tolist() == [1.0] * (length - 1) + [0.0 if sparse else 1.0]
+
+
 def test_evaluation_is_the_same_with_1_and_8_environments():
     """Episode lengths differ, so an order of finishing that leaked into the result would show."""
 
@@ -398,7 +420,7 @@ def test_means_over_episodes():
         def step(self, action):
             self.t += 1
             done = self.t == 2 + self.seed
-            return np.zeros(1, np.float32), 1.0, done, False, {"success": done and self.seed % 2 == 0}
+            return np.zeros(1, np.float32), 1.0, done, False, {"success": bool(done and self.seed % 2 == 0)}
 
     means = common.evaluate([Fixed()], lambda obs, keys: np.zeros((len(obs), 1)), 4, "x/")
     assert means == {"x/success_rate": 0.5, "x/return": 3.5, "x/length": 3.5, "x/steps_to_goal": 3.0}
