@@ -565,11 +565,8 @@ class Run:
         if self.args.resume:
             checkpoint = self.load(self.directory / "checkpoint.pt", "--resume", **self.kept)
             self.counters, self.sums, self.counts = (checkpoint[name] for name in ("counters", "sums", "counts"))
-            self.rows, self.wandb_id, self.lap_step = (
-                checkpoint["rows"],
-                checkpoint["wandb_id"],
-                self.counters["gradient_step"],
-            )
+            self.rows, self.wandb_id = checkpoint["rows"], checkpoint["wandb_id"]
+            self.lap_step = self.counters["gradient_step"]
             self.generator.bit_generator.state = json.loads(checkpoint["numpy_rng"])
             torch.set_rng_state(checkpoint["torch_rng"])
             if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
@@ -586,9 +583,8 @@ class Run:
         self.replace("metrics.csv", lambda file: file.write("".join(line + "\n" for line in header).encode()))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        print(
-            textwrap.fill(" ".join(f"--{k.replace('_', '-')}={v}" for k, v in vars(self.args).items()), 118), flush=True
-        )
+        flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in vars(self.args).items())
+        print(textwrap.fill(flags, 118, break_on_hyphens=False), flush=True)
         if self.args.track:
             self.try_wandb(self.start_wandb)
         self.save()

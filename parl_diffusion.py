@@ -246,7 +246,7 @@ def value_range(rewards, args):
     rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0) if args.sparse_reward else rewards
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
-    low, high = (float(bound(rewards, initial=0.0)) / (1 - args.discount) for bound in (np.min, np.max))
+    low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
     low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
     if not low < high:
         raise InputError(f"--q-min {low}: expected less than --q-max {high}")
