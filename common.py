@@ -644,6 +644,9 @@ class Run:
         cells = [f"{row[name]:.6g}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in COLUMNS]
         with open(self.directory / "metrics.csv", "a") as file:
             file.write(",".join(cells) + "\n")
+        rates = {"optimised": row.get("eval/success_rate"), "raw policy": row.get("eval/policy_success_rate")}
+        if evaluated := [f"{name} {rate:.0%}" for name, rate in rates.items() if rate is not None]:
+            tqdm.write(f"{row['phase']}, update {row['gradient_step']}: success of {', '.join(evaluated)}")
         self.rows, self.sums, self.counts = self.rows + 1, {}, {}
         self.lap_start, self.lap_step = time.perf_counter(), done["gradient_step"]
         if self.wandb:
