@@ -254,3 +254,19 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
         run.save()
     assert (tmp_path / "checkpoint.pt").read_bytes() == good
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_checkpoints_of_another_script_or_kind_are_refused(tmp_path):
+    args = importlib.import_module(SCRIPTS[0]).Args(run_dir=str(tmp_path / "run"))
+    common.Run(args, "one", 1, 1, np.random.default_rng(0)).begin()
+    other = common.Run(args, "another", 1, 1, np.random.default_rng(0))
+    with pytest.raises(common.InputError, match="script is one there; expected another"):
+        other.load(tmp_path / "run" / "checkpoint.pt", "--policy-checkpoint")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(common.InputError, match="holds a list"):
+        other.load(tmp_path / "list.pt", "--policy-checkpoint")
+    torch.save(args, tmp_path / "object.pt")  # would run code if it were unpickled
+    with pytest.raises(common.InputError, match="not a checkpoint"):
+        other.load(tmp_path / "object.pt", "--policy-checkpoint")
+    with pytest.raises(common.InputError, match="holds a run"):
+        common.Run(args, "one", 1, 1, np.random.default_rng(0)).begin()
