@@ -6,6 +6,7 @@ python benchmark/report.py     # writes benchmark/pointmaze.md and benchmark/*.p
 import re
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.figure
@@ -86,11 +87,10 @@ def plot(seeds, title, path):
                 linewidth=2,
                 label=f"{label} (mean of {len(curves)} seeds)",
             )
-    rows = next(iter(seeds.values()))
-    for phase in dict.fromkeys(row["phase"] for row in rows):
-        begin = min(row["gradient_step"] for row in rows if row["phase"] == phase)
-        axis.axvline(begin, color="0.6", linestyle=":")
-        axis.annotate(PHASES[phase], (begin, 1.02), xycoords=("data", "axes fraction"))
+    for before, row in pairwise([{"phase": "", "gradient_step": 0}, *next(iter(seeds.values()))]):
+        if row["phase"] != before["phase"]:
+            axis.axvline(before["gradient_step"], color="0.6", linestyle=":")
+            axis.annotate(PHASES[row["phase"]], (before["gradient_step"], 1.02), xycoords=("data", "axes fraction"))
     axis.set(ylim=(-0.03, 1.03), xlabel="updates (cloning, then critic)", ylabel="success rate, 100 episodes")
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
