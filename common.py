@@ -47,6 +47,8 @@ def start(args):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
+    if args.dataset_path:
+        args.dataset_path = str(Path(args.dataset_path).resolve())  # so that --resume works from any folder
     use_gpu = args.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu"), np.random.default_rng(args.seed)
 
@@ -290,14 +292,23 @@ def make_env(env_id, sparse=False, render=False):
         if env_id in POINTMAZES:
             env = gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3])
         else:
-            env = gym.make(env_id, **({"render_mode": "rgb_array"} if render else {}))
+            env = gym.make(env_id)
+            if render and "rgb_array" not in (env.metadata.get("render_modes") or []):
+                raise InputError(
+                    f"--capture-video: {env_id} has no render mode rgb_array in its metadata; expected one"
+                )
+            env = gym.make(env_id, render_mode="rgb_array") if render else env
     except (gym.error.Error, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(env_id, [*POINTMAZES, *gym.registry], n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"expected {', '.join(POINTMAZES)} or a gymnasium id"
+        if isinstance(error, ModuleNotFoundError):
+            hint = "expected an installed module, or one in a folder of PYTHONPATH"
         raise InputError(f"--env-id {env_id}: {error}; {hint}") from error
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
         raise InputError(f"--env-id {env_id}: its action space is {space}; expected a bounded Box of one dimension")
+    if not env.has_wrapper_attr("_max_episode_steps"):
+        print(f"warning: {env_id} has no max_episode_steps: an episode that never ends hangs the run", file=sys.stderr)
     env = Success(gym.wrappers.FlattenObservation(env), sparse)
     rescaled = (space.low != -1).any() or (space.high != 1).any()
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if rescaled else env
@@ -414,7 +425,8 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     if sparse:
         data["terminals"] = data["terminals"].astype(bool) | (rewards >= 0)
         if rewards.max() < 0:
-            print(f"warning: {path}: no success anywhere: no reward * scale + bias reaches 0", file=sys.stderr)
+            hint = "no success anywhere: no reward * scale + bias reaches 0; expected success to pay 0"
+            print(f"warning: {path}: {hint}", file=sys.stderr)
     buffer = ReplayBuffer(env.observation_space.shape[0], env.action_space.shape[0])
     buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     episodes, next_observations = split_episodes(data)
@@ -553,9 +565,8 @@ class Run:
             try:
                 item.load_state_dict(checkpoint[name])
             except (RuntimeError, ValueError, KeyError) as error:
-                raise InputError(
-                    f"{flag} {path}: {name} differs in shape; expected its run's flags ({error})"
-                ) from error
+                reason = f"{name} differs in shape, {str(error).splitlines()[-1].strip()}"
+                raise InputError(f"{flag} {path}: {reason}; expected the flags in its run's config.json") from error
         return checkpoint
 
     def begin(self, dataset_sha256=None):
@@ -587,6 +598,8 @@ class Run:
         print(textwrap.fill(flags, 118, break_on_hyphens=False), flush=True)
         if self.args.track:
             self.try_wandb(self.start_wandb)
+        if self.args.resume:
+            print(f"resumed in phase {self.counters['phase']} after {self.lap_step} updates")
         self.save()
         return self.counters
 
@@ -613,6 +626,9 @@ class Run:
         if self.stop_signal:  # the second one does not wait
             raise KeyboardInterrupt
         self.stop_signal = signal.Signals(number).name
+        print(
+            f"{self.stop_signal}: stopping after the update or evaluation in progress; again: at once", file=sys.stderr
+        )
 
     def average(self, info):
         """Add named scalars to the means in the next row. Tensors stay on their device until then."""

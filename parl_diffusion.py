@@ -238,7 +238,8 @@ def hl_gauss(target, args):
     low, high = z[..., :-1], z[..., 1:]  # (..., bins)
     low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)  # mirror the right tail to the left
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    return torch.softmax(log_high + torch.log1p(-torch.exp(log_low - log_high)), -1)
+    log_probs = log_high + torch.log1p(-torch.exp(log_low - log_high))  # log(exp(log_high) - exp(log_low))
+    return torch.softmax(log_probs, -1)  # renormalised
 
 
 def value_range(rewards, args):
@@ -248,6 +249,8 @@ def value_range(rewards, args):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
     low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
     low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
+    if args.sparse_reward and low == 0:
+        raise InputError("--sparse-reward: no reward * scale + bias is below 0; for rewards 0 and 1, --reward-bias -1")
     if not low < high:
         raise InputError(f"--q-min {low}: expected less than --q-max {high}")
     return low, high
@@ -281,10 +284,10 @@ class Critic(nn.Module):
         members (E',): evaluate these members only, in this order.
         """
 
-        B, N, A = actions.shape
+        B, N, A = actions.shape  # the first layer's half for obs is computed once per state and shared by its N actions
         pick = (lambda parameter: parameter) if members is None else (lambda parameter: parameter[members])
         obs_weight, act_weight = pick(self.weights[0]).split([obs.shape[-1], A], dim=1)
-        from_obs = obs @ obs_weight + pick(self.biases[0])  # (E, B, H), once per state
+        from_obs = obs @ obs_weight + pick(self.biases[0])  # (E, B, H)
         h = from_obs[:, :, None] + (actions.reshape(B * N, A) @ act_weight).unflatten(1, (B, N))
         h = h.flatten(1, 2)  # (E, B * N, H)
         for i in range(len(self.weights)):
@@ -621,7 +624,8 @@ def train(args: Args) -> Path:
             if cache is None:
                 samples = draw_samples(batch)
             else:
-                samples = cache[torch.cat([batch["state_rows"], batch["state_rows"] + 1])].float()
+                rows = batch["state_rows"]  # the row after a state is its next state
+                samples = cache[torch.cat([rows, rows + 1])].float()
             run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
     if args.offline_distill_steps and counters["distill"] == 0:
         policy_optimizer.state.clear()
