@@ -1,4 +1,4 @@
-"""PA-RL with a diffusion policy: offline RL and online fine-tuning of a policy that is never differentiated.
+"""PA-RL in one file: offline RL and online fine-tuning of a policy that is never differentiated through its critic.
 
 Policy-Agnostic RL (Mark et al., 2024, https://arxiv.org/abs/2412.06685) improves any policy that can be sampled and
 cloned. A critic is learned with Cal-QL (Nakamoto et al., 2023). Wherever an actor-critic method would want a better
@@ -13,15 +13,15 @@ action than the policy's, PA-RL makes one:
 in three phases: behaviour cloning; offline RL (the critic learns, the policy is frozen); online fine-tuning (collect an
 episode with optimised actions, distil, update the critic). The algorithm asks two things of a policy: `sample`, `loss`.
 
-The policy here is a denoising diffusion model over actions (DDPM, Ho et al., 2020): a residual network predicts the
-noise in a noisy action; sampling removes it in `diffusion_steps` steps.
-
     symbol  name                 meaning                           shape letters
     K       num_samples          actions drawn per state           B  batch of states
     M       num_keep             kept after re-ranking             N  any number of actions per state
     T       num_gradient_steps   local optimisation steps          O  observation dimension
     alpha   action_lr            their step size                   A  action dimension
     E       ensemble_size        critics, a batch dimension        bins  of the value distribution
+
+The policy here is a denoising diffusion model over actions (DDPM, Ho et al., 2020): a residual network predicts the
+noise in a noisy action; sampling removes it in `diffusion_steps` steps.
 
     python parl_diffusion.py    # pointmaze-umaze-play: to 100 % success in minutes on a laptop CPU; see README.md
 """
@@ -167,6 +167,8 @@ class DiffusionPolicy(nn.Module):
         self.act_dim = act_dim
         if args.width % 4:
             raise InputError(f"--width {args.width}: expected a multiple of 4")
+        if args.diffusion_steps < 1:
+            raise InputError(f"--diffusion-steps {args.diffusion_steps}: expected at least 1")
         time_dim = args.width // 2
         self.fourier = nn.Parameter(0.2 * torch.randn(time_dim // 2, 1))
         self.time_expand = dense(time_dim, 2 * time_dim)
@@ -345,7 +347,16 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    return ascend(critic, obs, rerank(critic, obs, candidates, args, dataset_actions), args)
+    states = len(obs)
+    if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
+        states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
+    own = [None] * len(obs) if dataset_actions is None else dataset_actions.split(states)
+    results = [
+        ascend(critic, part, rerank(critic, part, some, args, own_part), args)
+        for part, some, own_part in zip(obs.split(states), candidates.split(states), own, strict=False)
+    ]
+    actions, q = (torch.cat(values) for values in zip(*results, strict=True))
+    return actions, q
 
 
 def choose(actions, q, sample=False):
@@ -500,7 +511,7 @@ def learning_rate(base, step, num_steps, args, cosine=False):
 def check(args):
     """Raises InputError, naming the flag, for what cannot run."""
     at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "width"}
-    at_least_one |= {"num_layers", "diffusion_steps", "critic_utd", "num_eval_episodes", "eval_every", "log_every"}
+    at_least_one |= {"num_layers", "critic_utd", "num_eval_episodes", "eval_every", "log_every"}
     upper = dict(
         num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6, dropout=1
     )

@@ -3,16 +3,16 @@
 #
 #   bash benchmark/run.sh benchmark/pointmaze.txt [processes, default: all cores]
 #
-# A line of the file is a name and the flags of `python parl_diffusion.py --num-eval-episodes 100`. The run lands in
+# A line of the file is a name, a script and its flags, to which --num-eval-episodes 100 is added. The run lands in
 # runs/NAME, its metrics in benchmark/results/NAME.csv, what it printed in runs/NAME/log.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p benchmark/results
 one() {
-  name=$1; shift
+  name=$1 script=$2; shift 2
   [ -e "benchmark/results/$name.csv" ] && return
   mkdir -p "runs/$name"
-  python parl_diffusion.py --num-eval-episodes 100 --run-dir "runs/$name" "$@" >"runs/$name/log.txt" 2>&1 &&
+  python "$script.py" --num-eval-episodes 100 --run-dir "runs/$name" "$@" >"runs/$name/log.txt" 2>&1 &&
     cp "runs/$name/metrics.csv" "benchmark/results/$name.csv" || echo "$name failed: runs/$name/log.txt"
 }
 export -f one

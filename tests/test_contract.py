@@ -5,6 +5,7 @@ import csv
 import importlib
 import inspect
 import re
+from itertools import zip_longest
 
 import h5py
 import numpy as np
@@ -51,6 +52,57 @@ def test_sections_stand_in_order(script):
     positions = [source.index("class Args"), source.index("PRESETS = {")]
     positions += [source.index(f"= {banner} =") for banner in BANNERS]
     assert positions == sorted(positions)
+
+
+PARALLEL = ["parl_gaussian", "parl_diffusion", "parl_transformer"]
+
+
+def without_policy(source):
+    """The lines of a script with a marker in place of each of the four hunks in which parallel scripts may differ."""
+    hunks = [
+        r"(?<=\n)The policy here is .*?(?=\"\"\"\n)",  # the docstring's policy lines
+        r"(?<=\n    # policy\n).*?(?=\n\n)",  # the policy flags, last in Args
+        r"(?<== POLICY ={40}\n).*?(?=# =+ CRITIC =)",  # the POLICY section
+        r"(?<=\n)    policy = \w+Policy\(obs_dim, act_dim, args\)\.to\(device\)(?=\n)",  # the line that constructs it
+    ]
+    for hunk in hunks:
+        found = re.findall(hunk, source, re.S)
+        assert len(found) == 1, (hunk, len(found))
+        marker = f"<{found[0].count(chr(10)) + 1} lines of the policy's own>"
+        source = re.sub(hunk, lambda match, marker=marker: marker, source, flags=re.S)
+    return source.splitlines()
+
+
+def first_difference(names, sources):
+    """'' or the first line in which two parallel scripts differ outside of the four hunks."""
+    first, second = (without_policy(source) for source in sources)
+    numbers = [1, 1]
+    for one, two in zip_longest(first, second):
+        if one != two and not (one and two and one.startswith("<") and two.startswith("<")):
+            return f"{names[0]}.py:{numbers[0]}: {one}\n{names[1]}.py:{numbers[1]}: {two}"
+        for i, line in enumerate((one, two)):
+            numbers[i] += int(line.split()[0][1:]) if line.startswith("<") else 1
+    return ""
+
+
+@pytest.mark.parametrize("other", [name for name in PARALLEL if name != "parl_diffusion"])
+def test_parallel_scripts_differ_in_their_policy_alone(other):
+    names = ("parl_diffusion", other)
+    assert not (difference := first_difference(names, [(ROOT / f"{name}.py").read_text() for name in names])), (
+        difference
+    )
+
+
+def test_the_parallel_test_names_the_first_line_that_breaks_it():
+    source = (ROOT / "parl_diffusion.py").read_text()
+    broken = source.replace("best = q.topk(", "best = (-q).topk(").replace("F.silu(dense", "F.relu(dense")
+    number = source[: source.index("best = q.topk(")].count("\n") + 1
+    longer = broken.replace("    width: int = 256", "    another: int = 1\n    width: int = 256")
+    difference = first_difference(("one", "two"), (source, longer))
+    assert (
+        f"one.py:{number}:     best = q.topk(" in difference and f"two.py:{number + 1}:     best = (-q)" in difference
+    )
+    assert first_difference(("one", "two"), (source, source)) == ""
 
 
 def test_no_work_at_import_and_nothing_of_ours_but_common(script):

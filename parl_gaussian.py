@@ -1,0 +1,614 @@
+"""PA-RL in one file: offline RL and online fine-tuning of a policy that is never differentiated through its critic.
+
+Policy-Agnostic RL (Mark et al., 2024, https://arxiv.org/abs/2412.06685) improves any policy that can be sampled and
+cloned. A critic is learned with Cal-QL (Nakamoto et al., 2023). Wherever an actor-critic method would want a better
+action than the policy's, PA-RL makes one:
+
+    1. sample     K actions from the policy
+    2. re-rank    keep the M that the critic values most                              (global optimisation)
+    3. ascend     move each kept action T steps up the critic's action gradient       (local optimisation)
+    4. choose     the best for the TD target, for acting and evaluation; a softmax draw for the policy to learn from
+    5. distil     the policy's own supervised loss on the chosen action: no gradient passes from critic to policy
+
+in three phases: behaviour cloning; offline RL (the critic learns, the policy is frozen); online fine-tuning (collect an
+episode with optimised actions, distil, update the critic). The algorithm asks two things of a policy: `sample`, `loss`.
+
+    symbol  name                 meaning                           shape letters
+    K       num_samples          actions drawn per state           B  batch of states
+    M       num_keep             kept after re-ranking             N  any number of actions per state
+    T       num_gradient_steps   local optimisation steps          O  observation dimension
+    alpha   action_lr            their step size                   A  action dimension
+    E       ensemble_size        critics, a batch dimension        bins  of the value distribution
+
+The policy here is the usual one of continuous control: a multi-layer perceptron gives the mean and the standard
+deviation of a normal distribution, and tanh brings its draws into [-1, 1] (Haarnoja et al., 2018).
+
+    python parl_gaussian.py    # pointmaze-umaze-play: to GAUSS % success in minutes on a laptop CPU; see README.md
+"""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from common import InputError
+
+
+@dataclass
+class Args:
+    """Defaults are the paper's for D4RL; PRESETS holds what an environment family changes; a flag given here wins."""
+
+    env_id: str = "pointmaze-umaze-play"  # pointmaze-{umaze,medium,large}-play or any gymnasium id (also module:Id)
+    dataset_path: str = ""  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts; empty: embedded data
+    policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
+    seed: int = 0  # of everything random but the embedded data
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
+    num_threads: int = 0  # CPU threads of torch; 0: all cores. Small networks are fastest with 1
+    compile: bool = False  # torch.compile the critic's and the policy's update
+    # phases
+    bc_steps: int = 3_000_000  # gradient steps of behaviour cloning
+    offline_steps: int = 1_000_000  # critic updates of offline RL; 0: pure online
+    online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
+    online_episodes: int | None = 1000  # episodes of fine-tuning; with --online-steps given too, whichever comes first
+    batch_size: int = 256  # transitions per update (B)
+    # rewards: learned from as reward * scale + bias
+    discount: float = 0.99  # gamma, per environment step
+    reward_scale: float = 1.0  # see above
+    reward_bias: float = 0.0  # see above
+    sparse_reward: bool = False  # each step costs until success, which pays 0 and ends the episode
+    # critic
+    target_rate: float = 0.005  # share of the critic that enters its target per update
+    critic_lr: float = 3e-4  # Adam
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of the critic's hidden layers
+    ensemble_size: int = 10  # critics (E)
+    critic_subset: int = 2  # members drawn for the TD target's minimum, and again for CQL
+    num_bins: int = 128  # bins of the value distribution (HL-Gauss); 0: scalar values, squared error
+    q_min: float | None = None  # lowest value; None: min(r, 0) / (1 - discount) over the data
+    q_max: float | None = None  # highest value; None: max(r, 0) / (1 - discount) over the data, 0 for sparse rewards
+    cql_weight: float = 0.005  # weight of the CQL term
+    cql_n_actions: int = 10  # uniform actions in it, and how often each policy action counts (n)
+    # action optimisation
+    num_samples: int = 32  # actions drawn from the policy per state (K)
+    num_keep: int = 10  # of which the critic keeps the best (M)
+    num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
+    action_lr: float = 3e-4  # their step size (alpha)
+    sample_cache_gb: float = 1.0  # memory for samples of the frozen policy; 0: drawn anew each time, as released
+    # online fine-tuning
+    policy_utd: int = 1  # distillation steps per environment step
+    critic_utd: int = 1  # critic updates per environment step
+    offline_ratio: float = 0.5  # share of a critic batch from the dataset; 0: it leaves distillation batches as well
+    offline_distill_steps: int = 0  # distillation at the end of offline RL, for a policy that acts without a critic
+    distill_argmax: bool = False  # distil the best candidate instead of a draw from softmax(Q)
+    # observations, evaluation, files
+    normalize_obs: bool = True  # by the dataset's mean and std; --no-normalize-obs: as released
+    num_eval_episodes: int = 50  # per evaluation and policy, on fixed seeds
+    eval_every: int = 50_000  # gradient steps (online: environment steps) between evaluations
+    log_every: int = 1000  # gradient steps between rows of metrics.csv; online: every episode
+    run_dir: str = ""  # default: runs/{env_id}__{script}__{seed}__{time}
+    resume: str = ""  # continue the run in this directory, with its flags
+    eval_only: bool = False  # with --resume: evaluate and stop
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project: str = "parl"  # see --track
+    wandb_entity: str | None = None  # see --track
+    capture_video: bool = False  # write three episodes of each evaluation to videos/
+    # policy
+    bc_lr: float = 3e-4  # Adam in behaviour cloning, cosine to 0
+    distill_lr: float = 5e-5  # Adam in distillation
+    policy_warmup_steps: int = 2000  # linear warm-up of either, at most 10 % of the phase
+    policy_ema_rate: float = 1.0  # share of the policy that enters its running average per step; 1: no averaging
+    width: int = 256  # of the hidden layers
+    num_layers: int = 2  # hidden layers
+
+
+# What a family of environments changes. A flag on the command line wins over all of it.
+PRESETS = {
+    "pointmaze": dict(
+        sparse_reward=True, reward_bias=-1.0, discount=0.98, num_threads=1, eval_every=500, log_every=100,
+        bc_steps=8000, offline_steps=2000, online_steps=500, online_episodes=None, batch_size=128,
+        hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.02, cql_weight=0.1,
+        num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
+        bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=64, num_layers=2,
+    ),
+}  # fmt: skip
+
+
+# ======================================== POLICY ========================================
+
+
+class GaussianPolicy(nn.Module):
+    """tanh of a normal distribution whose mean and standard deviation (per dimension) are functions of the state."""
+
+    def __init__(self, obs_dim, act_dim, args):
+        super().__init__()
+        self.act_dim = act_dim
+        widths = [obs_dim, *[args.width] * args.num_layers]
+        self.hidden = nn.ModuleList(nn.Linear(*shape) for shape in pairwise(widths))
+        self.output = nn.Linear(args.width, 2 * act_dim)
+        for layer in [*self.hidden, self.output]:
+            nn.init.orthogonal_(layer.weight, math.sqrt(2) if layer is not self.output else 1e-2)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, obs):
+        """obs (B, O) -> mean (B, A) and log std (B, A) before the tanh, the latter within [-5, 2]."""
+        h = obs
+        for layer in self.hidden:
+            h = F.silu(layer(h))
+        mean, log_std = self.output(h).chunk(2, -1)
+        return mean, log_std.clamp(-5, 2)
+
+    @torch.no_grad()
+    def sample(self, obs, num_samples, seeds=None):
+        """obs (B, O) -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i]."""
+        mean, log_std = self(obs)
+        noise = common.seeded_normal((len(obs), num_samples, self.act_dim), seeds, obs.device)
+        return torch.tanh(mean[:, None] + log_std.exp()[:, None] * noise)  # (B, K, A)
+
+    def loss(self, obs, actions):
+        """Negative log-likelihood, averaged over B: obs (B, O), actions (B, A) -> scalar.
+
+        log p(a) = sum_d log N(x_d; mean_d, std_d) - log(1 - a_d^2) with x = atanh(a), and 1 - tanh(x)^2 written as
+        4 e^-2x / (1 + e^-2x)^2, exact where it is close to 0. Actions are first clipped to where x is finite.
+        """
+        mean, log_std = self(obs)
+        x = torch.atanh(actions.clamp(-0.99999, 0.99999))
+        log_normal = -0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x))
+        return -(log_normal - log_slope).sum(-1).mean()
+
+
+# ======================================== CRITIC ========================================
+
+
+def hl_gauss(target, args):
+    """The value target (...,) as a distribution (..., bins): a normal around it, cut to [q_min, q_max].
+
+    HL-Gauss (Farebrother et al., 2024, eq. 3.2): differences of normal CDFs over the bins' edges, renormalised. They
+    are taken of log CDFs in the left tail, accurate there: a target far outside lands on the border bin, not on 0 / 0.
+    NOTE(differs): targets beyond the range are renormalised onto border bins, not clipped (as in the released code).
+    NOTE(differs): the standard deviation is sqrt(2) * 0.75 bins, not 0.75 (as in the released code).
+    """
+    edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1, device=target.device)
+    z = (edges - target[..., None]) / (math.sqrt(2) * 0.75 * (args.q_max - args.q_min) / args.num_bins)
+    low, high = z[..., :-1], z[..., 1:]  # (..., bins)
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)  # mirror the right tail to the left
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    log_probs = log_high + torch.log1p(-torch.exp(log_low - log_high))  # log(exp(log_high) - exp(log_low))
+    return torch.softmax(log_probs, -1)  # renormalised
+
+
+def value_range(rewards, args):
+    """(q_min, q_max): the flags where given, else what the (scaled) rewards (N,) could add up to for ever."""
+    rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0) if args.sparse_reward else rewards
+    if len(rewards) == 0 and None in (args.q_min, args.q_max):
+        raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
+    low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
+    low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
+    if args.sparse_reward and low == 0:
+        raise InputError("--sparse-reward: no reward * scale + bias is below 0; for rewards 0 and 1, --reward-bias -1")
+    if not low < high:
+        raise InputError(f"--q-min {low}: expected less than --q-max {high}")
+    return low, high
+
+
+class Critic(nn.Module):
+    """E value functions Q_e(s, a), a batch dimension of the weights: dense, LayerNorm, SiLU; then a head whose
+    distribution over `num_bins` bins has the value as its mean.
+
+    NOTE(differs): all members of the ensemble share one output head (as in the released code).
+    """
+
+    def __init__(self, obs_dim, act_dim, args):
+        super().__init__()
+        widths, E, outputs = [obs_dim + act_dim, *args.hidden_dims], args.ensemble_size, max(args.num_bins, 1)
+        self.weights = nn.ParameterList(torch.empty(E, *shape) for shape in pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(E, 1, width) for width in args.hidden_dims)
+        self.norm_scales = nn.ParameterList(torch.ones(E, 1, width) for width in args.hidden_dims)
+        self.norm_biases = nn.ParameterList(torch.zeros(E, 1, width) for width in args.hidden_dims)
+        self.head_weight = nn.Parameter(nn.init.orthogonal_(torch.empty(widths[-1], outputs), 1e-2))  # (H, bins)
+        self.head_bias = nn.Parameter(torch.zeros(outputs))
+        for i, weight in enumerate(self.weights):
+            for member in weight.data:
+                nn.init.orthogonal_(member, 1e-2 if i == len(self.weights) - 1 else math.sqrt(2))
+        edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1)
+        self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2, persistent=False)  # (bins,)
+
+    def forward(self, obs, actions, members=None):
+        """obs (B, O), actions (B, N, A) -> q (E, B, N), logits (E, B, N, bins) or None for a scalar critic.
+
+        members (E',): evaluate these members only, in this order.
+        """
+
+        B, N, A = actions.shape  # the first layer's half for obs is computed once per state and shared by its N actions
+        pick = (lambda parameter: parameter) if members is None else (lambda parameter: parameter[members])
+        obs_weight, act_weight = pick(self.weights[0]).split([obs.shape[-1], A], dim=1)
+        from_obs = obs @ obs_weight + pick(self.biases[0])  # (E, B, H)
+        h = from_obs[:, :, None] + (actions.reshape(B * N, A) @ act_weight).unflatten(1, (B, N))
+        h = h.flatten(1, 2)  # (E, B * N, H)
+        for i in range(len(self.weights)):
+            if i > 0:
+                h = torch.baddbmm(pick(self.biases[i]), h, pick(self.weights[i]))
+            h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+            h = F.silu(torch.addcmul(pick(self.norm_biases[i]), h, pick(self.norm_scales[i])))
+        outputs = (h @ self.head_weight + self.head_bias).unflatten(1, (B, N))  # (E, B, N, bins)
+        if not len(self.centers):
+            return outputs[..., 0], None
+        return torch.softmax(outputs, -1) @ self.centers, outputs
+
+
+# ======================================== ACTION OPTIMISATION ========================================
+
+
+def rerank(critic, obs, candidates, args, dataset_actions=None):
+    """Global optimisation (Alg. 1): the M of candidates (B, K, A) with the highest ensemble-mean value, best first.
+
+    dataset_actions (B, A): the batch's own action takes the place of the worst kept one (not when M = 1).
+    NOTE(differs): the batch's own action joins before the gradient steps (as in the released code).
+    """
+    with torch.no_grad():
+        q = critic(obs, candidates)[0].mean(0)  # (B, K)
+    best = q.topk(args.num_keep, dim=1).indices  # (B, M)
+    kept = candidates.gather(1, best[..., None].expand(-1, -1, candidates.shape[-1]))  # (B, M, A)
+    if dataset_actions is not None and args.num_keep > 1:
+        kept = torch.cat([kept[:, :-1], dataset_actions[:, None]], 1)
+    return kept
+
+
+def ascend(critic, obs, actions, args):
+    """Local optimisation (Alg. 1): T times a <- clip(a + alpha * grad_a Q(s, a)), each of actions (B, M, A) on its own.
+
+    Returns the best of each one's T + 1 points (B, M, A) and its value (B, M).
+    NOTE(differs): a candidate keeps the best of its points, not the last (as in the released code).
+    """
+    best_actions, best_q = actions, actions.new_full(actions.shape[:2], -torch.inf)
+    for step in range(args.num_gradient_steps + 1):
+        more = step < args.num_gradient_steps
+        actions = actions.detach().requires_grad_(more)
+        with torch.set_grad_enabled(more):
+            q = critic(obs, actions)[0].mean(0)  # (B, M)
+            gradient = torch.autograd.grad(q.sum(), actions)[0] if more else 0.0  # touches no parameter's .grad
+        better = (q >= best_q).detach()
+        best_actions = torch.where(better[..., None], actions, best_actions).detach()
+        best_q = torch.where(better, q, best_q).detach()
+        actions = (actions + args.action_lr * gradient).clamp(-1, 1)
+    return best_actions, best_q
+
+
+def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
+    """The optimised actions of the paper: obs (B, O), candidates (B, K, A) -> actions (B, M, A) and their q (B, M).
+
+    NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
+    NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
+    """
+    states = len(obs)
+    if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
+        states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
+    own = [None] * len(obs) if dataset_actions is None else dataset_actions.split(states)
+    results = [
+        ascend(critic, part, rerank(critic, part, some, args, own_part), args)
+        for part, some, own_part in zip(obs.split(states), candidates.split(states), own, strict=False)
+    ]
+    actions, q = (torch.cat(values) for values in zip(*results, strict=True))
+    return actions, q
+
+
+def choose(actions, q, sample=False):
+    """One of M actions: the best, or a draw from softmax(q). actions (B, M, A), q (B, M) -> (B, A).
+
+    NOTE(differs): distillation draws at temperature 1, all else takes the best (as in the released code).
+    """
+    if sample:
+        q = q - torch.empty_like(q).exponential_().log()  # plus Gumbel noise: its argmax is a draw from softmax(q)
+    return actions[torch.arange(len(q), device=q.device), q.argmax(1)]
+
+
+def act(policy, critic, obs, args, seeds=None):
+    """The action PA-RL takes: the best optimised one, obs (B, O) -> (B, A). Without a critic: policy.sample(obs, 1)."""
+    return choose(*optimize_actions(critic, obs, policy.sample(obs, args.num_samples, seeds), args))
+
+
+@torch.no_grad()
+def optimization_info(critic, obs, candidates, args):
+    """What the optimisation did to candidates (B, K, A), for the log; the README has the equations."""
+    kept = rerank(critic, obs, candidates, args)
+    actions, q = ascend(critic, obs, kept, args)
+    moved = (actions - kept).abs()  # (B, M, A)
+    q_before, q_after = critic(obs, candidates)[0].mean(), q.max(1).values.mean()
+    with torch.enable_grad():
+        kept.requires_grad_()
+        (gradient,) = torch.autograd.grad(critic(obs, kept)[0].mean(0).sum(), kept)
+    return {
+        "opt/q_before": q_before,
+        "opt/q_after": q_after,
+        "opt/improvement": q_after - q_before,
+        "opt/candidate_entropy": -(torch.softmax(q, 1) * torch.log_softmax(q, 1)).sum(1).mean(),
+        "opt/grad_norm": gradient.norm(dim=-1).mean(),
+        "opt/l1_move": moved.sum(-1).mean(),
+        "opt/tokens_changed": (moved > 1 / 127).float().mean(),  # by more than half of a 128th
+    }
+
+
+def cached_samples(policy, states, act_dim, args):
+    """A frozen policy's K samples at each of states (S, O), (S, K, A) in float16, from the seed alone. None, to draw at
+    every touch, where they exceed --sample-cache-gb or the offline phase touches fewer states than there are.
+
+    NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
+    """
+    gigabytes = 2e-9 * len(states) * args.num_samples * act_dim
+    if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        chunks = tqdm(states.split(1024), "samples", leave=False, disable=None)
+        return torch.cat([policy.sample(chunk, args.num_samples).half() for chunk in chunks])
+
+
+# ======================================== LOSSES ========================================
+
+
+def critic_loss(critic, target_critic, batch, args, random_actions=None, td_members=None, cql_members=None):
+    """Cal-QL (Nakamoto et al., 2023): TD + cql_weight * CQL, calibrated by Monte-Carlo returns -> loss, info.
+
+    batch: obs, next_obs (B, O); actions, policy_actions, next_policy_actions (B, A), the last two optimised at obs and
+    next_obs; rewards, masks, mc_returns (B,). random_actions (B, n, A) and members (critic_subset,) inject the draws.
+    NOTE(differs): members are drawn with replacement, once a batch, apart for TD and CQL (as in the released code).
+    NOTE(differs): the cross-entropy is over all members, not those drawn (as in the released code).
+    """
+    obs, actions, n = batch["obs"], batch["actions"], args.cql_n_actions
+    if random_actions is None:
+        random_actions = torch.rand(len(obs), n, actions.shape[-1], device=obs.device) * 2 - 1
+    if td_members is None:
+        td_members = torch.randint(args.ensemble_size, (args.critic_subset,), device=obs.device)
+    if cql_members is None:
+        cql_members = torch.randint(args.ensemble_size, (args.critic_subset,), device=obs.device)
+
+    # TD: the target critic values the action that the online critic chose; all members learn it
+    with torch.no_grad():
+        next_q, _ = target_critic(batch["next_obs"], batch["next_policy_actions"][:, None], td_members)  # (2, B, 1)
+        target = batch["rewards"] + args.discount * batch["masks"] * next_q[..., 0].min(0).values  # (B,)
+    q_data, logits = critic(obs, actions[:, None])  # (E, B, 1), (E, B, 1, bins)
+    q_data = q_data[..., 0]  # (E, B)
+    if logits is None:
+        td_loss = (q_data - target).square().mean()
+    else:
+        td_loss = -(hl_gauss(target, args) * torch.log_softmax(logits[:, :, 0], -1)).sum(-1).mean()
+
+    # CQL: push down a soft maximum over random and policy actions, push up the data's. Each policy action stands for n
+    # equal ones, scored once. Cal-QL: a policy action is never pushed below the return that the data reached from here.
+    proposals = torch.cat([random_actions, batch["policy_actions"][:, None], batch["next_policy_actions"][:, None]], 1)
+    q_proposals, _ = critic(obs, proposals, cql_members)  # (2, B, n + 2)
+    q_random, q_policy = q_proposals.split([n, 2], dim=-1)
+    mc_returns = batch["mc_returns"][:, None]  # (B, 1)
+    calibrated = torch.maximum(q_policy, mc_returns) + math.log(n)
+    q_all = torch.cat([q_random, calibrated, q_data[cql_members][..., None]], -1)  # (2, B, n + 3)
+    cql_loss = (torch.logsumexp(q_all, -1) - math.log(3 * n + 1) - q_data[cql_members]).mean()
+
+    loss = td_loss + args.cql_weight * cql_loss
+    info = {
+        "critic/loss": loss,
+        "critic/td_loss": td_loss,
+        "critic/cql_loss": cql_loss,
+        "critic/q_data": q_data.mean(),
+        "critic/q_policy": q_policy[..., 0].mean(),
+        "critic/q_minus_mc": (q_data - batch["mc_returns"]).mean(),
+        "critic/calibration_rate": (q_policy < mc_returns).float().mean(),
+    }
+    return loss, {name: value.detach() for name, value in info.items()}
+
+
+@torch.no_grad()
+def move_average(average, network, rate):
+    """average <- (1 - rate) * average + rate * network, in place."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), rate)
+
+
+def update_critic(critic, target_critic, optimizer, batch, samples, args):
+    """One critic update on a batch and the policy's samples (2B, K, A) at its obs and next_obs -> info.
+
+    NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
+    """
+    actions, q = optimize_actions(critic, torch.cat([batch["obs"], batch["next_obs"]]), samples, args)
+    policy_actions, next_policy_actions = choose(actions, q).chunk(2)
+    batch = {**batch, "policy_actions": policy_actions, "next_policy_actions": next_policy_actions}
+    loss, info = critic_loss(critic, target_critic, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    move_average(target_critic, critic, args.target_rate)
+    return info
+
+
+def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
+    """One step of the policy's own supervised loss on obs (B, O), actions (B, A): cloning and distillation alike."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    policy.train()
+    loss = policy.loss(obs, actions)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    move_average(policy_ema, policy, args.policy_ema_rate)
+    return loss.detach()
+
+
+def learning_rate(base, step, num_steps, args, cosine=False):
+    """Linear warm-up over policy_warmup_steps (at most 10 % of num_steps), then constant, or cosine to 0."""
+    warmup = min(args.policy_warmup_steps, num_steps // 10)
+    decay = (1 + math.cos(math.pi * step / num_steps)) / 2 if cosine else 1.0
+    return base * min(1.0, step / max(warmup, 1)) * decay if warmup else base * decay
+
+
+# ======================================== TRAIN ========================================
+
+
+def check(args):
+    """Raises InputError, naming the flag, for what cannot run."""
+    at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "width"}
+    at_least_one |= {"num_layers", "critic_utd", "num_eval_episodes", "eval_every", "log_every"}
+    upper = dict(
+        num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6, dropout=1
+    )
+    for name, value in vars(args).items():
+        low, high = int(name in at_least_one), upper.get(name, math.inf)
+        signed = name in ("reward_scale", "reward_bias", "q_min", "q_max")
+        if isinstance(value, (int, float)) and not signed and not low <= value <= high:
+            expected = f"between {low} and {high}" if name in upper else f"at least {low}"
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+    if not args.hidden_dims or min(args.hidden_dims) < 1:
+        raise InputError(f"--hidden-dims {args.hidden_dims}: expected one or more widths of at least 1")
+    if args.online_steps is None and args.online_episodes is None:
+        raise InputError("--online-steps None and --online-episodes None: expected a number for one of them")
+    if args.eval_only and not args.resume:
+        raise InputError("--eval-only: expected --resume RUN, the run to evaluate")
+
+
+def train(args: Args) -> Path:
+    """Behaviour cloning, offline RL, online fine-tuning. Returns the run's directory. Raises InputError."""
+    check(args)
+    device, generator = common.start(args)  # torch's own generator draws noise, this one batches
+
+    # Environment, data, networks
+    env = common.make_env(args.env_id, args.sparse_reward)
+    num_envs, env_args = min(10, args.num_eval_episodes), (args.env_id, args.sparse_reward, args.capture_video)
+    eval_envs = [common.make_env(*env_args) for _ in range(num_envs)]
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    dataset, online = common.ReplayBuffer(obs_dim, act_dim), common.ReplayBuffer(obs_dim, act_dim)
+    if args.bc_steps or args.offline_ratio:
+        rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
+        dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as)
+    else:
+        args.offline_steps = args.offline_distill_steps = 0  # nothing to learn from yet
+    args.q_min, args.q_max = value_range(dataset.rewards[: len(dataset)], args)
+    states = dataset.states[: dataset.num_states]
+    # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
+    normalizer = common.Normalizer(obs_dim, states if args.normalize_obs else states[:0]).to(device)
+    policy = GaussianPolicy(obs_dim, act_dim, args).to(device)
+    policy_ema = copy.deepcopy(policy).eval()
+    critic = Critic(obs_dim, act_dim, args).to(device)
+    target_critic = copy.deepcopy(critic)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
+    compiled = torch.compile if args.compile else lambda function: function
+    improve_critic, improve_policy = compiled(update_critic), compiled(update_policy)
+
+    # The run's files; a policy to start from; a run to continue
+    run = common.Run(args, Path(__file__).stem, obs_dim, act_dim, generator)
+    if args.policy_checkpoint and not args.resume:
+        run.load(args.policy_checkpoint, "--policy-checkpoint", policy_ema=policy_ema, normalizer=normalizer)
+        policy.load_state_dict(policy_ema.state_dict())
+    run.keep(policy=policy, policy_ema=policy_ema, critic=critic, target_critic=target_critic, online=online)
+    run.keep(policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer, normalizer=normalizer)
+    counters = run.begin(dataset.sha256)
+
+    def draw_batch(num_offline):
+        """num_offline transitions of the dataset and others collected online, --batch-size in all; obs normalised."""
+        batch = common.sample_both(dataset, online, num_offline, args.batch_size - num_offline, generator)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        return {**batch, "obs": normalizer(batch["obs"]), "next_obs": normalizer(batch["next_obs"])}
+
+    def draw_samples(batch):
+        """(2B, K, A), at obs and next_obs.
+
+        NOTE(differs): obs and next_obs get different noise (released: the same seed).
+        """
+        return policy_ema.sample(torch.cat([batch["obs"], batch["next_obs"]]), args.num_samples)
+
+    def act_raw(obs, keys):  # (N, O) raw observations -> (N, A)
+        return policy_ema.sample(normalizer(torch.from_numpy(obs).to(device)), 1, keys)[:, 0].cpu().numpy()
+
+    def act_optimized(obs, keys):
+        return act(policy_ema, critic, normalizer(torch.from_numpy(obs).to(device)), args, keys).cpu().numpy()
+
+    def act_online(obs, _keys):  # explores with the run's own generator
+        with run.timed("time/act_ms"):
+            return act_optimized(obs, None)
+
+    def evaluate():
+        """The eval columns of a row: the raw policy and, once there is a critic, the optimised one."""
+        row = common.evaluate(eval_envs, act_raw, args.num_eval_episodes, "eval/policy_")
+        if counters["phase"] != "bc":
+            row |= common.evaluate(eval_envs, act_optimized, args.num_eval_episodes, "eval/")
+        if args.capture_video:
+            folder = run.directory / "videos" / f"{counters['phase']}-{counters['gradient_step']}"
+            actor = act_raw if counters["phase"] == "bc" else act_optimized
+            common.run_episodes(eval_envs[:3], actor, common.EVALUATION_SEED + np.arange(3), video_dir=folder)
+        return row
+
+    def describe():
+        """The opt columns of a row: what action optimisation does to samples of the latest batch."""
+        return optimization_info(critic, batch["obs"], samples[: args.batch_size], args)
+
+    def distill(num_offline, lr):
+        """One step of the policy towards optimised actions, the batch's own among the candidates."""
+        with run.timed("time/distill_ms"):
+            batch = draw_batch(num_offline)
+            samples = policy_ema.sample(batch["obs"], args.num_samples)
+            actions, q = optimize_actions(critic, batch["obs"], samples, args, batch["actions"])
+            chosen = choose(actions, q, sample=not args.distill_argmax)
+            loss = improve_policy(policy, policy_ema, policy_optimizer, batch["obs"], chosen, lr, args)
+            run.average({"policy/distill_loss": loss})
+
+    if args.eval_only:
+        print(json.dumps(evaluate(), indent=2))
+        return run.directory
+
+    # Phase 1: behaviour cloning
+    for step in run.steps("bc", 0 if args.policy_checkpoint else args.bc_steps, evaluate):
+        batch = draw_batch(args.batch_size)
+        lr = learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)
+        loss = improve_policy(policy, policy_ema, policy_optimizer, batch["obs"], batch["actions"], lr, args)
+        run.average({"policy/bc_loss": loss})
+
+    # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
+    left = counters["offline"] < args.offline_steps
+    cache = cached_samples(policy_ema, normalizer(torch.from_numpy(states).to(device)), act_dim, args) if left else None
+    for _ in run.steps("offline", args.offline_steps, evaluate, describe):
+        with run.timed("time/critic_ms"):
+            batch = draw_batch(args.batch_size)
+            if cache is None:
+                samples = draw_samples(batch)
+            else:
+                rows = batch["state_rows"]  # the row after a state is its next state
+                samples = cache[torch.cat([rows, rows + 1])].float()
+            run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
+    if args.offline_distill_steps and counters["distill"] == 0:
+        policy_optimizer.state.clear()
+    for step in run.steps("distill", args.offline_distill_steps, evaluate):
+        distill(args.batch_size, learning_rate(args.distill_lr, step, args.offline_distill_steps, args))
+
+    # Phase 3: online fine-tuning: collect an episode, distil, update the critic
+    # NOTE(differs): going online both optimisers start afresh, networks and target go on (as in the released code).
+    if counters["phase"] != "online":
+        policy_optimizer.state.clear()
+        critic_optimizer.state.clear()
+    num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
+    for seed in run.episodes(evaluate, describe):
+        (episode,) = common.run_episodes([env], act_online, [seed])
+        rewards = episode["rewards"] * args.reward_scale + args.reward_bias
+        returns = common.mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
+        online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
+        share = len(dataset) / (len(dataset) + len(online)) if args.offline_ratio else 0.0
+        first = args.policy_utd * counters["env_step"]
+        for step in range(first, first + args.policy_utd * len(rewards)):
+            distill(math.floor(args.batch_size * share), learning_rate(args.distill_lr, step, num_distill_steps, args))
+        for _ in range(args.critic_utd * len(rewards)):
+            with run.timed("time/critic_ms"):
+                batch = draw_batch(math.floor(args.batch_size * args.offline_ratio))
+                samples = draw_samples(batch)
+                run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
+        run.record(episode, args.critic_utd * len(rewards))
+    run.finish()
+    return run.directory
+
+
+if __name__ == "__main__":
+    common.main(train, Args, PRESETS, __doc__)
