@@ -9,6 +9,7 @@ import torch
 
 import common
 import parl_diffusion as parl
+import parl_transformer as transformer
 
 
 def tensor(array):
@@ -235,3 +236,68 @@ def test_target_average(golden):
     parl.move_average(target, critic, 0.005)
     for new, old, online in zip(target.parameters(), before.parameters(), critic.parameters(), strict=True):
         close(new, (0.005 * online + 0.995 * old).detach().numpy(), atol=1e-6)
+
+
+def load_transformer(data, args):
+    policy = transformer.TransformerPolicy(5, 3, args).eval()
+    names = {"positions": "bt/wpe/embedding", "norm.weight": "bt/ln_f/scale", "norm.bias": "bt/ln_f/bias"}
+    for layer, their in (
+        ("embed_obs.0", "bt/o_mlp/Dense_0"), ("embed_obs.2", "bt/o_mlp/Dense_1"),
+        ("output.0", "action_tokens_func/params/Dense_0"), ("output.2", "action_tokens_func/params/Dense_1"),
+    ):  # fmt: skip
+        names |= {f"{layer}.weight": f"{their}/kernel", f"{layer}.bias": f"{their}/bias"}
+    for i in range(2):
+        for ours, their in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
+            names |= {f"blocks.{i}.{ours}.weight": f"bt/h/{i}/{their}/scale"}
+            names |= {f"blocks.{i}.{ours}.bias": f"bt/h/{i}/{their}/bias"}
+        for ours, their in (
+            ("qkv", "attn/c_attn"), ("project", "attn/c_proj"), ("expand", "mlp/c_fc"), ("contract", "mlp/c_proj"),
+        ):  # fmt: skip
+            names |= {f"blocks.{i}.{ours}.{kind}": f"bt/h/{i}/{their}/{theirs}" for kind, theirs in KINDS.items()}
+    for name, parameter in policy.named_parameters():
+        if name == "embed_tokens":  # theirs has a table for the last dimension too, whose token nothing reads
+            parameter.data = torch.stack([tensor(data[f"params/bt/a_embeddings/embeds_{d}/embedding"]) for d in (0, 1)])
+            continue
+        array = tensor(data[f"params/{names[name]}"])
+        if name == "positions":
+            array = array[:3]
+        elif name.endswith("weight") and array.ndim == 2 and "blocks" not in name:  # Dense kernels are (in, out)
+            array = array.T
+        assert array.shape == parameter.shape, name
+        parameter.data = array
+    return policy
+
+
+KINDS = {"weight": "kernel", "bias": "bias"}
+
+
+def transformer_args():
+    return transformer.Args(width=32, num_layers=2, num_heads=4, action_bins=16)
+
+
+def test_transformer_tokens_logits_and_loss(golden):
+    data = golden("7_transformer")
+    policy = load_transformer(data, transformer_args())
+    obs, actions, tokens = (tensor(data[name]) for name in ("obs", "actions", "tokens"))
+    assert torch.equal(policy.tokenize(actions), tokens.long())
+    close(policy.values[tokens.long()], data["detokenised"])
+    logits = policy(obs, tokens.long())
+    close(logits, data["logits"][:, :3])  # theirs goes on after the last dimension; nothing uses it
+    log_probs = torch.log_softmax(logits, -1).gather(-1, tokens.long()[..., None])[..., 0]
+    close(log_probs, data["token_log_probs"])
+    close(policy.loss(obs, actions), data["loss"])
+
+
+def test_transformer_draws_from_the_released_distribution(golden):
+    """Frequencies of the first dimension, and of the second where the first is the released example's."""
+    data = golden("7_transformer")
+    policy = load_transformer(data, transformer_args())
+    torch.manual_seed(0)
+    tokens = policy.tokenize(policy.sample(tensor(data["obs"]), 40_000))  # (6, K, 3)
+    expected = torch.softmax(tensor(data["logits"]), -1)
+    for state, example in enumerate(tensor(data["tokens"]).long()):
+        same = tokens[state][tokens[state, :, 0] == example[0]]
+        for drawn, probs in ((tokens[state, :, 0], expected[state, 0]), (same[:, 1], expected[state, 1])):
+            spread = (probs * (1 - probs) / len(drawn)).sqrt()
+            frequencies = torch.bincount(drawn, minlength=16) / len(drawn)
+            assert ((frequencies - probs).abs() < 4.5 * spread + 1e-4).all()

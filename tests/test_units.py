@@ -10,6 +10,8 @@ import torch
 
 import common
 import parl_diffusion as parl
+import parl_gaussian
+import parl_transformer
 
 
 class QuadraticCritic(torch.nn.Module):
@@ -204,24 +206,45 @@ def test_value_range():
 # ---------------------------------------------------------------- policy and cache
 
 
-def test_policy_interface():
-    args = make_args()
-    policy = parl.DiffusionPolicy(4, 2, args).eval()
+def transformer_args(head):
+    args = parl_transformer.Args(width=16, num_layers=1, num_heads=2, head=head, dropout=0.0, policy_ema_rate=0.05)
+    args.hidden_dims, args.ensemble_size = (16, 16), 3
+    return args
+
+
+POLICIES = {
+    "diffusion": lambda O, A: parl.DiffusionPolicy(O, A, make_args(dropout=0.0)),
+    "gaussian": lambda O, A: parl_gaussian.GaussianPolicy(O, A, make_args()),
+    "tokens": lambda O, A: parl_transformer.TransformerPolicy(O, A, transformer_args("tokens")),
+    "continuous": lambda O, A: parl_transformer.TransformerPolicy(O, A, transformer_args("continuous")),
+}
+
+
+@pytest.fixture(params=POLICIES)
+def make_policy(request):
+    torch.manual_seed(0)
+    return POLICIES[request.param]
+
+
+@pytest.mark.parametrize("act_dim", [1, 3])
+def test_policy_interface(make_policy, act_dim):
+    policy = make_policy(4, act_dim).eval()
     obs = torch.randn(5, 4)
     actions = policy.sample(obs, 3)
-    assert actions.shape == (5, 3, 2) and actions.abs().max() <= 1 and not actions.requires_grad
-    assert policy.loss(obs, actions[:, 0]).shape == ()
+    assert actions.shape == (5, 3, act_dim) and actions.abs().max() <= 1 and not actions.requires_grad
+    loss = policy.loss(obs, actions[:, 0])
+    assert loss.shape == () and loss.requires_grad
+    assert all(len(samples.unique(dim=0)) > 1 for samples in actions)  # each sample has noise of its own
     # seeds: a row depends on its seed alone, wherever it stands
     seeds = [(1, i) for i in range(5)]
     torch.testing.assert_close(policy.sample(obs, 3, seeds)[[2]], policy.sample(obs[[2]], 3, seeds[2:3]))
     assert not torch.equal(policy.sample(obs, 3, seeds), policy.sample(obs, 3, [(2, i) for i in range(5)]))
 
 
-def test_policy_learns_a_constant_action():
+def test_policy_learns_a_constant_action(make_policy):
     """The loss's minimum is the data: a wrong sign or a wrong schedule would sample elsewhere."""
-    torch.manual_seed(0)
-    args = make_args(dropout=0.0, policy_ema_rate=0.05)
-    policy = parl.DiffusionPolicy(3, 2, args)
+    args = make_args(policy_ema_rate=0.05)
+    policy = make_policy(3, 2)
     average = copy.deepcopy(policy).eval()
     optimizer = torch.optim.Adam(policy.parameters())
     target = torch.tensor([0.5, -0.25])
@@ -230,6 +253,128 @@ def test_policy_learns_a_constant_action():
         parl.update_policy(policy, average, optimizer, obs, target.expand(64, 2), 3e-3, args)
     samples = average.sample(torch.randn(64, 3), 4)
     assert (samples - target).abs().mean() < 0.1
+
+
+def test_policy_learns_which_state_asks_for_which_action(make_policy):
+    """a = (s_1, -s_1): dimensions that were swapped, or states mixed up in the batch of samples, would not fit."""
+    args = make_args(policy_ema_rate=0.02)
+    policy = make_policy(2, 2)
+    average = copy.deepcopy(policy).eval()
+    optimizer = torch.optim.Adam(policy.parameters())
+    for step in range(600):
+        obs = torch.rand(64, 2) * 1.6 - 0.8
+        actions = torch.stack([obs[:, 0], -obs[:, 0]], 1)
+        parl.update_policy(policy, average, optimizer, obs, actions, 5e-3 * (1 - step / 600), args)
+    obs = torch.rand(64, 2) * 1.6 - 0.8
+    error = average.sample(obs, 4) - torch.stack([obs[:, 0], -obs[:, 0]], 1)[:, None]
+    assert error.abs().mean() < 0.12
+
+
+def test_policies_but_the_gaussian_learn_two_modes(make_policy):
+    """Both dimensions +0.7 or both -0.7: a joint distribution, which a single Gaussian cannot hold."""
+    policy = make_policy(1, 2)
+    average = copy.deepcopy(policy).eval()
+    optimizer = torch.optim.Adam(policy.parameters())
+    for step in range(1000):
+        sign = torch.randint(2, (128, 1)) * 2.0 - 1
+        args, lr = make_args(policy_ema_rate=0.02), 2e-3 * (1 - step / 1000)
+        parl.update_policy(policy, average, optimizer, torch.zeros(128, 1), (0.7 * sign).expand(128, 2), lr, args)
+    samples = average.sample(torch.zeros(1, 1), 1000)[0]
+    near = ((samples.abs() - 0.7).abs().max(1).values < 0.2) & (samples[:, 0].sign() == samples[:, 1].sign())
+    if isinstance(policy, parl_gaussian.GaussianPolicy):
+        assert near.float().mean() < 0.5
+    else:
+        assert near.float().mean() > 0.8 and 0.3 < (samples[near, 0] > 0).float().mean() < 0.7
+
+
+def test_gaussian_log_likelihood_by_torch_distributions():
+    policy = POLICIES["gaussian"](4, 3)
+    policy.output.weight.data.normal_(0, 0.5)
+    obs, actions = torch.randn(8, 4), torch.rand(8, 3) * 1.8 - 0.9
+    mean, log_std = policy(obs)
+    normal = torch.distributions.Normal(mean.double(), log_std.double().exp())
+    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+    expected = -squashed.log_prob(actions.double()).sum(-1).mean()
+    torch.testing.assert_close(policy.loss(obs, actions).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mixture_log_likelihood_by_torch_distributions():
+    policy = POLICIES["continuous"](4, 3)
+    policy.output[2].weight.data.normal_(0, 1.0)
+    obs, actions = torch.randn(8, 4), torch.rand(8, 3) * 1.8 - 0.9
+    log_weights, means, log_stds = policy.mixture(obs)
+    torch.testing.assert_close(log_weights.exp().sum(-1), torch.ones(8))
+    assert log_weights.std() > 0.1
+    normal = torch.distributions.Normal(means.mT.double(), log_stds.mT.double().exp())  # (B, C, A)
+    squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.TanhTransform())
+    log_probs = log_weights + squashed.log_prob(actions.double()[:, None]).sum(-1)  # (B, C)
+    expected = -torch.logsumexp(log_probs, -1).mean()
+    torch.testing.assert_close(policy.loss(obs, actions).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "continuous"])
+def test_log_likelihood_and_gradient_at_the_bounds(name):
+    """Actions of exactly +-1, which gradient steps produce: finite, and the mean is drawn towards them."""
+    policy = POLICIES[name](4, 2)
+    loss = policy.loss(torch.randn(8, 4), torch.tensor([[1.0, -1.0]]).expand(8, 2))
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
+    bias = policy.output.bias.grad if name == "gaussian" else None
+    if bias is not None:
+        assert bias[0] < 0 < bias[1]  # a descent step raises the first mean and lowers the second
+
+
+@pytest.mark.parametrize("name", ["gaussian", "continuous"])
+def test_samples_follow_the_density_that_the_loss_gives(name):
+    policy = POLICIES[name](1, 1)
+    (policy.output if name == "gaussian" else policy.output[2]).weight.data.normal_(0, 1.5)
+    grid = torch.linspace(-0.9, 0.9, 3601)[:, None]  # short of the bounds, where a tanh may pile up
+    density = torch.stack([-policy.loss(torch.zeros(1, 1), action[None]) for action in grid]).exp().detach()
+    samples = policy.sample(torch.zeros(1, 1), 40_000)[0, :, 0]
+    for low, high in ((-0.9, -0.5), (-0.5, 0.0), (0.0, 0.4), (0.4, 0.9), (-0.9, 0.9)):
+        mass = float(density[(grid[:, 0] > low) & (grid[:, 0] < high)].sum() * 0.0005)
+        assert float(((samples > low) & (samples < high)).float().mean()) == pytest.approx(mass, abs=0.015)
+
+
+def test_cached_keys_and_values_give_the_full_computation(monkeypatch):
+    """The distributions that tokens are drawn from, one position at a time with K samples behind one observation, are
+    those of the whole sequence at once."""
+    policy, drawn_from = POLICIES["tokens"](4, 3).eval(), []
+    for parameter in policy.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    draw = parl_transformer.draw
+    monkeypatch.setattr(
+        parl_transformer, "draw", lambda probs, uniform: drawn_from.append(probs) or draw(probs, uniform)
+    )
+    obs = torch.randn(5, 4)
+    tokens = policy.tokenize(policy.sample(obs, 7)).flatten(0, 1)
+    expected = torch.softmax(policy(obs.repeat_interleave(7, 0), tokens), -1)
+    torch.testing.assert_close(torch.stack(drawn_from, 1), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_token_position_sees_no_later_dimension():
+    policy = POLICIES["tokens"](4, 3).eval()
+    obs, tokens = torch.randn(2, 4), torch.tensor([[3, 50, 9], [3, 90, 100]])
+    first, second = policy(obs, tokens), policy(obs, torch.tensor([[3, 51, 9], [3, 90, 7]]))
+    assert torch.equal(first[1], second[1])  # the last dimension's token is not read
+    assert torch.equal(first[0, :2], second[0, :2]) and not torch.equal(first[0, 2], second[0, 2])
+
+
+def test_draw_inverts_the_cumulative_sum():
+    probs = torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
+    uniform = torch.tensor([[0.0, 0.24, 0.26, 1.0], [0.0, 0.5, 0.999, 1.0]])
+    assert parl_transformer.draw(probs, uniform).tolist() == [[0, 0, 2, 2], [0, 0, 0, 2]]
+
+
+def test_dropout_is_on_while_training_alone():
+    """And its mask is another one in every update."""
+    args = parl_transformer.Args(width=16, num_layers=1, dropout=0.5)
+    policy = parl_transformer.TransformerPolicy(4, 2, args)
+    obs, actions = torch.randn(3, 4), torch.zeros(3, 2)
+    assert torch.equal(policy.eval().loss(obs, actions), policy.loss(obs, actions))
+    assert not torch.equal(policy.train().loss(obs, actions), policy.loss(obs, actions))
+    seeds = [(0, i) for i in range(3)]
+    assert torch.equal(policy.eval().sample(obs, 2, seeds), policy.sample(obs, 2, seeds))
 
 
 def test_cached_samples_come_from_the_seed_and_leave_the_generator_alone():
