@@ -10,12 +10,14 @@ import csv
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import importlib.metadata
 import io
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import textwrap
@@ -267,6 +269,41 @@ def generate_pointmaze(env_id, num_transitions, seed=0):
 # ======================================== ENVIRONMENTS AND DATASETS ========================================
 
 
+FAMILIES = {  # pattern of --env-id: (key in the scripts' PRESETS, module in envs/)
+    r"pointmaze-\w+-play": ("pointmaze", None),
+    r"antmaze-[\w-]+-v2": ("antmaze", "d4rl"),
+    r"kitchen-\w+-v0": ("kitchen", "d4rl"),
+    r"metaworld-[\w-]+": ("metaworld", "metaworld"),
+    r"[\w-]+-singletask(-[\w-]+)?": ("ogbench", "ogbench"),
+    r"minari:.+": ("minari", "minari"),
+}
+
+
+def family(env_id):
+    """(key in PRESETS, module in envs/ or None) of env_id; ("", None) for a plain gymnasium id."""
+    return next((names for pattern, names in FAMILIES.items() if re.fullmatch(pattern, env_id)), ("", None))
+
+
+def family_module(env_id):
+    """The module in envs/ that makes env_id, imported now; None where gymnasium or this file makes it. It has
+
+    IDS               the ids it knows
+    make(env_id, render) -> gymnasium environment with its time limit and info["success"] at every step
+    dataset_file(env_id) -> path of its dataset: found, downloaded or made on first use
+    read_dataset(env_id, path) -> the arrays of `load_dataset`
+
+    Raises InputError naming the package that is missing.
+    """
+    _, name = family(env_id)
+    if name is None:
+        return None
+    try:
+        return importlib.import_module(f"envs.{name}")
+    except ModuleNotFoundError as error:
+        missing = "the folder envs/ beside common.py" if error.name.startswith("envs") else f"pip install {error.name}"
+        raise InputError(f"--env-id {env_id}: {error}; expected {missing}") from error
+
+
 class Success(gym.Wrapper):
     """Puts info["success"] into every step: the environment's own, or its info["is_success"], or where it reports
     neither, an end with a positive reward. With `ends`, the first success ends the episode."""
@@ -282,14 +319,16 @@ class Success(gym.Wrapper):
 
 
 def make_env(env_id, sparse=False, render=False):
-    """The environment `env_id`: one of POINTMAZES, or any gymnasium id (also "module:Id").
+    """The environment `env_id`: one of POINTMAZES, of a family in envs/, or any gymnasium id (also "module:Id").
 
     Its observations are flat (O,), dicts in the order of their space's keys; its actions (A,) are rescaled to [-1, 1];
     it is wrapped in Success, and where rewards are sparse ends at the first one. Raises InputError for an unknown id,
     with near misses, or for an action space that is not a bounded Box.
     """
     try:
-        if env_id in POINTMAZES:
+        if module := family_module(env_id):
+            env = module.make(env_id, render)
+        elif env_id in POINTMAZES:
             env = gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3])
         else:
             env = gym.make(env_id)
@@ -328,17 +367,24 @@ def dataset_file(env_id, dataset_path=""):
     """`dataset_path` where given, else the embedded dataset in $PARL_CACHE (~/.cache/parl), made on first use."""
     if dataset_path:
         return Path(dataset_path)
+    if module := family_module(env_id):
+        return module.dataset_file(env_id)
     if env_id not in POINTMAZES:
         raise InputError(
             f"--env-id {env_id} has no embedded dataset: expected --dataset-path FILE (.hdf5 or .npz with "
             f"{', '.join(DATASET_KEYS[:5])}), or for none --offline-ratio 0 --bc-steps 0"
         )
     num_transitions = POINTMAZES[env_id][4]
-    path = Path(os.environ.get("PARL_CACHE", "~/.cache/parl")).expanduser() / f"{env_id}-{num_transitions}-v1.npz"
+    return cached_file(f"{env_id}-{num_transitions}-v1.npz", lambda: generate_pointmaze(env_id, num_transitions))
+
+
+def cached_file(name, generate):
+    """The npz file `name` in $PARL_CACHE (~/.cache/parl), written with the arrays of generate() where it is missing."""
+    path = Path(os.environ.get("PARL_CACHE", "~/.cache/parl")).expanduser() / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{os.getpid()}-{path.name}")
-        np.savez_compressed(partial, **generate_pointmaze(env_id, num_transitions))
+        np.savez_compressed(partial, **generate())
         partial.replace(path)
     return path
 
@@ -416,8 +462,8 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     timeouts (N,), and optionally next_observations (N, O). sparse: an episode is split where the scaled
     reward reaches 0, which is success; what follows is another. Raises InputError naming file, key and first bad index.
     """
-    path, env = dataset_file(env_id, dataset_path), make_env(env_id)
-    data = read_dataset(path)
+    path, env, module = dataset_file(env_id, dataset_path), make_env(env_id), family_module(env_id)
+    data = module.read_dataset(env_id, path) if module else read_dataset(path)
     check_dataset(data, path, env)
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
     actions = 2 * (data["actions"] - low) / (high - low) - 1
@@ -493,6 +539,11 @@ def evaluate(envs, act, num_episodes, prefix="eval/"):
     means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
     means |= {"return": np.mean([e["rewards"].sum() for e in episodes])}
     means |= {"steps_to_goal": np.mean(lengths[True])} if lengths[True] else {}
+    if prefix == "eval/" and envs[0].has_wrapper_attr(
+        "normalized_score"
+    ):  # D4RL's, in percent, of an episode's rewards
+        score = envs[0].get_wrapper_attr("normalized_score")
+        means |= {"normalized_score": np.mean([score(e["rewards"]) for e in episodes])}
     return {prefix + name: float(value) for name, value in means.items()}
 
 
@@ -793,7 +844,7 @@ def main(train, args_class, presets, description):
     first.add_argument("--online-steps", "--online_steps")
     first.add_argument("--online-episodes", "--online_episodes")
     given, _ = first.parse_known_args()
-    defaults = {"env_id": given.env_id, **presets.get(given.env_id.split("-")[0], {})}
+    defaults = {"env_id": given.env_id, **presets.get(family(given.env_id)[0], {})}
     try:
         if given.resume:
             config = Path(given.resume) / "config.json"
