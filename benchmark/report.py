@@ -24,9 +24,22 @@ TITLES = {
     "nocache": "samples drawn at every touch: `--sample-cache-gb 0`",
     "flipped": "the critic's sign flipped where actions are ranked, moved and chosen: `python benchmark/flipped.py`",
     "lowcql": "a tenth of the CQL weight, offline only: `--cql-weight 0.01 --offline-steps 3000 --online-steps 0`",
+    "gaussian": "`python parl_gaussian.py`",
+    "tokens": "`python parl_transformer.py --head tokens`",
+    "continuous": "`python parl_transformer.py --head continuous`",
+    "slalom_gaussian": "slalom (multimodal demonstrations): `parl_gaussian.py`, flags in slalom.txt",
+    "slalom_diffusion": "slalom: `parl_diffusion.py`",
+    "slalom_tokens": "slalom: `parl_transformer.py --head tokens`",
+    "slalom_continuous": "slalom: `parl_transformer.py --head continuous`",
     "medium": "pointmaze-medium-play: `--env-id pointmaze-medium-play --batch-size 256 --online-steps 700`",
     "large": "pointmaze-large-play: `--env-id pointmaze-large-play --batch-size 256 --offline-steps 5000 "
     "--online-steps 1000 --eval-every 1000`",
+}
+CLASSES = {
+    "gaussian": ("Gaussian", "tab:green"),
+    "full": ("diffusion", "tab:blue"),
+    "tokens": ("transformer, tokens", "tab:orange"),
+    "continuous": ("transformer, mixture", "tab:red"),
 }
 QUANTITIES = {
     "optimised: success %": ("eval/success_rate", 100),
@@ -132,6 +145,35 @@ def plot_ablations(runs, path):
     figure.savefig(path, dpi=120)
 
 
+def plot_classes(runs, path):
+    """Steps to goal of the online episodes, and the raw policy's success before and after, over environment steps."""
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    grid = np.arange(0, 500, 10)
+    for i, (name, (title, colour)) in enumerate(CLASSES.items()):
+        curves, points = [], []
+        for rows in runs[name].values():
+            online = [row for row in rows if row["phase"] == "online"]
+            steps, lengths = ([row[column] for row in online] for column in ("env_step", "train/length"))
+            left.plot(steps, lengths, color=colour, alpha=0.25, linewidth=1)
+            curves.append(np.interp(grid, steps, lengths))
+            evaluated = [row for row in rows if row["phase"] != "bc" and "eval/policy_success_rate" in row]
+            before = [row for row in evaluated if row["phase"] == "offline"][-1:]
+            points.append([(row["env_step"], row["eval/policy_success_rate"]) for row in [*before, evaluated[-1]]])
+            right.plot(*np.add(points[-1], [(8 * i, 0)]).T, color=colour, alpha=0.5, marker="o", linewidth=1)
+        left.plot(grid, np.mean(curves, 0), color=colour, linewidth=2, label=f"{title} (mean of {len(curves)} seeds)")
+    left.set(xlabel="environment steps of fine-tuning", ylabel="steps to goal of the online episodes", ylim=(0, None))
+    right.set(
+        xlabel="environment steps of fine-tuning (classes shifted a little)",
+        ylabel="raw policy: success rate",
+        ylim=(-0.03, 1.03),
+    )
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main():
     runs = load()
     parts = [
@@ -145,6 +187,8 @@ def main():
     for name in ("full", "medium", "large"):
         if name in runs:
             plot(runs[name], TITLES[name].replace("`", ""), HERE / f"{name}.png")
+    if set(CLASSES) <= set(runs):
+        plot_classes(runs, HERE / "classes.png")
     if {"rerank", "gradient"} <= set(runs):
         plot_ablations(runs, HERE / "ablations.png")
 
