@@ -333,9 +333,7 @@ def make_env(env_id, sparse=False, render=False):
         else:
             env = gym.make(env_id)
             if render and "rgb_array" not in (env.metadata.get("render_modes") or []):
-                raise InputError(
-                    f"--capture-video: {env_id} has no render mode rgb_array in its metadata; expected one"
-                )
+                raise InputError(f"--capture-video: {env_id} has no render mode rgb_array; expected it in its metadata")
             env = gym.make(env_id, render_mode="rgb_array") if render else env
     except (gym.error.Error, ModuleNotFoundError) as error:
         near = difflib.get_close_matches(env_id, [*POINTMAZES, *gym.registry], n=3, cutoff=0.5)
@@ -402,9 +400,8 @@ def read_dataset(path):
             with h5py.File(path, "r") as file:
                 data = {key: file[key][()] for key in DATASET_KEYS if key in file}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{where}: cannot be read as {'npz' if path.suffix == '.npz' else 'HDF5'} ({error})"
-        ) from error
+        kind = "npz" if path.suffix == ".npz" else "HDF5"
+        raise InputError(f"{where}: cannot be read as {kind} ({error})") from error
     if missing := [key for key in DATASET_KEYS[:5] if key not in data]:
         raise InputError(f"{where}: missing {', '.join(missing)}; found {', '.join(data) or 'none of the keys'}")
     return data
@@ -582,14 +579,8 @@ class Run:
         )
         self.directory = Path(args.resume or args.run_dir or f"runs/{name}")
         self.identity = dict(script=script, env_id=args.env_id, obs_dim=obs_dim, act_dim=act_dim)
-        self.args, self.generator, self.kept, self.rows, self.stop_signal, self.wandb = (
-            args,
-            generator,
-            {},
-            0,
-            None,
-            None,
-        )
+        self.args, self.generator, self.kept = args, generator, {}
+        self.rows, self.stop_signal, self.wandb = 0, None, None
         self.counters = dict.fromkeys("bc offline distill env_step episode successes gradient_step".split(), 0)  # noqa: SIM905
         self.counters |= {"phase": "bc", "seconds": {}}
         self.wandb_id = uuid.uuid4().hex
@@ -622,7 +613,8 @@ class Run:
 
     def begin(self, dataset_sha256=None):
         """Make the directory, or with --resume go on from its checkpoint. Returns the counters."""
-        self.identity["dataset_sha256"] = dataset_sha256
+        if not self.args.eval_only:  # which needs no data
+            self.identity["dataset_sha256"] = dataset_sha256
         header = [",".join(COLUMNS)]
         if self.args.resume:
             checkpoint = self.load(self.directory / "checkpoint.pt", "--resume", **self.kept)

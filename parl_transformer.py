@@ -584,7 +584,7 @@ def train(args: Args) -> Path:
     eval_envs = [common.make_env(*env_args) for _ in range(num_envs)]
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     dataset, online = common.ReplayBuffer(obs_dim, act_dim), common.ReplayBuffer(obs_dim, act_dim)
-    if args.bc_steps or args.offline_ratio:
+    if (args.bc_steps or args.offline_ratio) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
         dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as)
     else:
