@@ -264,7 +264,7 @@ def read_dataset(env_id, path):
     if env_id.startswith("antmaze"):
         return common.read_dataset(path)
     data = common.read_dataset(path, optional=("timeouts", "next_observations"))
-    data = {"timeouts": np.zeros_like(data["terminals"])} | data
+    data.setdefault("timeouts", np.zeros_like(data["terminals"]))
     data.pop("next_observations", None)  # so that rows after the first with reward 4 are dropped
     vectors = [data[key] for key in ("rewards", "terminals", "timeouts")]
     if len(data["rewards"]) and {vector.shape for vector in vectors} == {(len(data["rewards"]),)}:
