@@ -73,8 +73,7 @@ with quiet(), stand_ins():
 
 
 gym.logger.set_level(gym.logger.ERROR)  # D4RL calls what gym 0.24 calls deprecated
-for module in (maze_env, franka_robot):
-    module.print = module.cprint = lambda *args, **kwargs: None  # the goal at every reset, the robot when it is made
+maze_env.print = lambda *args: None  # the goal, at every reset
 ant.AntEnv.sim = property(lambda self: self)  # mujoco-py has `data` on a simulation, gym with mujoco on the environment
 kitchen_env.collections = collections.abc  # `collections.Mapping`, gone since Python 3.10
 read_config = franka_robot.read_config_from_node  # numpy 2.4 sets no element to an array of size 1
