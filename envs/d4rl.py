@@ -128,7 +128,7 @@ def make(env_id, render=False):
 class D4RL(gymnasium.Env):
     """D4RL's environment behind gymnasium's interface; see `make`.
 
-    NOTE(differs): kitchen's reward is the running count, as in its data (D4RL's class: 1 when a task completes).
+    NOTE(differs): kitchen pays the tasks completed so far at every step (D4RL's class: 1 when a task completes).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 12}  # noqa: RUF012
