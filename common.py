@@ -387,7 +387,7 @@ def cached_file(name, generate):
     return path
 
 
-def read_dataset(path):
+def read_dataset(path, optional=("next_observations",)):
     """The arrays of an HDF5 or npz file as a dict. Raises InputError naming the file and what is wrong with it."""
     where = f"--dataset-path {path}"
     if not path.is_file():
@@ -402,7 +402,7 @@ def read_dataset(path):
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         kind = "npz" if path.suffix == ".npz" else "HDF5"
         raise InputError(f"{where}: cannot be read as {kind} ({error})") from error
-    if missing := [key for key in DATASET_KEYS[:5] if key not in data]:
+    if missing := [key for key in DATASET_KEYS if key not in data and key not in optional]:
         raise InputError(f"{where}: missing {', '.join(missing)}; found {', '.join(data) or 'none of the keys'}")
     return data
 

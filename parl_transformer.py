@@ -124,6 +124,8 @@ PRESETS = {
         num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
         bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=64, num_layers=2,
     ),
+    "antmaze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
+    "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),  # pays 0 to 4 per step; no released value range
 }  # fmt: skip
 
 
