@@ -14,8 +14,8 @@ files load as they are. This file holds the POLICY section alone.
 
 import dataclasses
 import json
+import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -210,7 +210,7 @@ class LlamaLayer(nn.Module):
     def __init__(self, sizes):
         super().__init__()
         width, inner, self.num_heads = sizes.hidden_size, sizes.intermediate_size, sizes.num_attention_heads
-        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        names = [f"{letter}_proj" for letter in "qkvo"]
         self.self_attn = nn.ModuleDict({name: Linear(width, width, bias=False) for name in names})
         self.mlp = nn.ModuleDict({name: Linear(width, inner, bias=False) for name in ("gate_proj", "up_proj")})
         self.mlp["down_proj"] = Linear(inner, width, bias=False)
@@ -225,7 +225,9 @@ class LlamaLayer(nn.Module):
         before `start`, to which those of h are added in place.
         """
         x = self.input_layernorm(h)
-        q, k, v = (self.self_attn[name](x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for name in QKV)
+        q, k, v = (
+            self.self_attn[f"{name}_proj"](x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for name in "qkv"
+        )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, heads, L, D)
         if cache is not None:
             stop = start + h.shape[1]
@@ -245,9 +247,6 @@ class LlamaLayer(nn.Module):
         if mask is not None:
             parts.append(F.scaled_dot_product_attention(q[:, :, num_prefix:], k, v, attn_mask=mask))
         return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-
-
-QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def suffix_mask(lengths, prefix_length, num_suffixes, num_steps):
@@ -383,7 +382,10 @@ class OpenVLAPolicy(nn.Module):
         caches = [h.new_empty(cache_shape) for _ in model["layers"]]
         mask = suffix_mask(lengths, P, K, A - 1)
         h = self.read(h, torch.arange(P, device=h.device)[None], caches=caches)
-        h, tokens = h[torch.arange(B), lengths - 1][:, None], []  # (B, 1, W): what all samples have read
+        h, tokens = (
+            h[torch.arange(B, device=h.device), lengths - 1][:, None],
+            [],
+        )  # (B, 1, W): what all samples have read
         for d in range(A):
             probs = torch.softmax(F.linear(model["norm"](h), action_rows).float(), -1)  # (B, 1 or K, 256)
             probs = probs.expand(B, K, -1).flatten(0, 1)
@@ -407,7 +409,9 @@ class OpenVLAPolicy(nn.Module):
         steps = torch.arange(A, device=h.device).repeat_interleave(R)
         positions = torch.cat([torch.arange(P, device=h.device).expand(B, P), lengths[:, None] + steps], 1)
         h = self.read(h, positions, suffix_mask(lengths, P, R, A))
-        first = h[torch.arange(B), lengths - 1][:, None].expand(-1, R, -1)  # predicts the first token of each target
+        first = h[torch.arange(B, device=h.device), lengths - 1][:, None].expand(
+            -1, R, -1
+        )  # predicts the first token of each target
         logits = self.language_model["lm_head"](model["norm"](torch.cat([first, h[:, P:]], 1)))  # (B, (A + 1) R, vocab)
         targets = F.pad(tokens, (0, 1), value=EOS).mT.flatten(1)  # (B, (A + 1) R)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -602,8 +606,8 @@ def merge_adapters(checkpoint_path, adapters_path, target):
     layers = {name.removesuffix(".lora_a") for name in adapters if name.endswith(".lora_a")}
     if strangers := [layer for layer in sorted(layers) if f"{layer}.weight" not in where]:
         raise InputError(f"adapters {adapters_path}: {folder} has no {strangers[0]}.weight; expected its adapters")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
+    partial = target.with_name(f"{os.getpid()}-{target.name}")
+    partial.mkdir(parents=True)
     for path in sorted(set(where.values())):
         tensors = load_file(path)
         for layer in layers & {name.removesuffix(".weight") for name in tensors}:

@@ -336,6 +336,7 @@ def test_lora_over_bfloat16_is_float32(policy, obs, data):
         assert (parameter.grad is not None) == lora, name
         if name.endswith("lora_b"):  # the gradient of A is 0 while B is
             assert parameter.grad.dtype == torch.float32 and parameter.grad.abs().sum() > 0, name
+    assert policy.sample(obs, 2).dtype == torch.float32
 
 
 # ---------------------------------------- files ----------------------------------------
