@@ -371,7 +371,8 @@ class OpenVLAPolicy(nn.Module):
         """One dimension after the other; uniform (B, K, A) in [0, 1] decides -> tokens (B, K, A).
 
         The image and the prompt are read once: the K samples are K queries against the prefix's one set of keys and
-        values, and each against its own few. NOTE(differs): only the 256 action tokens are drawn (official: any).
+        values, and each against its own few.
+        NOTE(differs): OpenVLA draws among the 256 action tokens (released: among all tokens).
         """
         (B, K, A), sizes = uniform.shape, self.sizes
         first, model = self.last_action - ACTION_BINS, self.language_model["model"]
