@@ -6,21 +6,38 @@ motion of the hand's target in cm per step of 12.5 ms, force of the gripper. Dem
 scripted experts; camera images come from `make_images` and `demonstrations`.
 """
 
+import atexit
 import difflib
+import functools
 import importlib
 import os
 import sys
 import warnings
 
 import gymnasium as gym
-import mujoco
 import numpy as np
-from metaworld.env_dict import ENV_CLS_MAP
-from metaworld.policies import ENV_POLICY_MAP
 from tqdm import tqdm
 
 import common
 from common import InputError
+
+
+def no_opengl(error):
+    """The InputError for what a missing OpenGL library raises."""
+    return InputError(
+        f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: no OpenGL ({' '.join(str(error).split())}); expected Debian's "
+        "libegl1 and libgl1 for egl (the default), or libosmesa6 for osmesa"
+    )
+
+
+try:
+    import mujoco  # loads OpenGL where MUJOCO_GL names its kind
+    from metaworld.env_dict import ENV_CLS_MAP
+    from metaworld.policies import ENV_POLICY_MAP
+except ModuleNotFoundError:  # the caller's to report
+    raise
+except (ImportError, AttributeError, RuntimeError) as error:
+    raise no_opengl(error) from error
 
 INSTRUCTIONS = {  # task: what a language-conditioned policy is told
     "assembly": "put the ring onto the peg",
@@ -119,7 +136,7 @@ class MetaWorld(gym.Wrapper):
         self.env._freeze_rand_vec = False
         self.env.reset_model()  # draws the positions
         self.env._freeze_rand_vec = True
-        obs, _ = self.env.reset()  # to them, twice: what a first pass reads of the simulation is still the old episode's
+        obs, _ = self.env.reset()  # a pass reads positions that only the one before has set
         return obs.astype(np.float32), {"success": False}
 
     def step(self, action):
@@ -133,37 +150,46 @@ class MetaWorld(gym.Wrapper):
         return self.camera.image()
 
 
-class Camera:
-    """Images of a simulation, drawn off screen by OpenGL as MUJOCO_GL says: egl (the default), osmesa or glfw.
+@functools.cache
+def opengl_context():
+    """One off-screen OpenGL context for every camera, of the kind MUJOCO_GL says: egl (the default), osmesa, glfw.
 
-    Shadows, reflections and multi-sampling are off: with them drawing takes ten times as long without a GPU. Raises
-    InputError where OpenGL is missing.
+    With one each, a camera that is deleted would take down the textures and buffers of the one in use.
+    Raises InputError where OpenGL is missing.
+    """
+    backend = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "glfw")
+    try:
+        context = importlib.import_module(f"mujoco.{backend}").GLContext(VIDEO_SIZE, VIDEO_SIZE)
+        context.make_current()
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        raise no_opengl(error) from error
+    atexit.register(context.free)  # before EGL shuts down, or it complains
+    return context
+
+
+class Camera:
+    """Images of a simulation, drawn off screen. Raises InputError where OpenGL is missing.
+
+    Shadows, reflections and multi-sampling are off: with them drawing takes ten times as long without a GPU.
     """
 
     def __init__(self, model, data, size):
         self.model, self.data = model, data
         model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = size
-        backend = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "glfw")
-        try:
-            self.opengl = importlib.import_module(f"mujoco.{backend}").GLContext(size, size)
-            self.opengl.make_current()
-            self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        except (ImportError, AttributeError, OSError, RuntimeError, mujoco.FatalError) as error:
-            raise InputError(
-                f"MUJOCO_GL={backend}: no images without OpenGL ({' '.join(str(error).split())}); expected Debian's "
-                "libegl1 and libgl1 for MUJOCO_GL=egl, or libosmesa6 for MUJOCO_GL=osmesa"
-            ) from error
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        opengl_context().make_current()
+        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         self.scene, self.options = mujoco.MjvScene(model, 1000), mujoco.MjvOption()
-        self.scene.flags[[mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION]] = 0
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.scene.flags[flag] = 0
         self.view, self.perturbation = mujoco.MjvCamera(), mujoco.MjvPerturb()
         self.view.type, self.view.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(CAMERA).id
         self.pixels, self.viewport = np.zeros((size, size, 3), np.uint8), mujoco.MjrRect(0, 0, size, size)
 
     def image(self):
         """The scene as it is now, (size, size, 3) uint8, the top row first."""
-        self.opengl.make_current()  # another environment's may be
+        opengl_context().make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         scene = (self.model, self.data, self.options, self.perturbation, self.view, mujoco.mjtCatBit.mjCAT_ALL)
         mujoco.mjv_updateScene(*scene, self.scene)
         mujoco.mjr_render(self.viewport, self.scene, self.context)
