@@ -95,7 +95,7 @@ IDS = tuple(f"metaworld-{task}" for task in INSTRUCTIONS)
 
 TIME_LIMIT = 200  # steps; Meta-World's is 500, but its experts succeed within 160 in every task
 NUM_TRANSITIONS = 40_000  # of the embedded dataset
-CAMERA = "corner4"  # over the table's corner; sees hand, objects and goal in every task
+CAMERA = "corner4"  # above the table's corner, facing the robot
 VIDEO_SIZE = 256  # pixels
 
 
@@ -277,7 +277,7 @@ def expert_action(expert, obs):
         return expert.get_action(obs)
 
 
-def generate(env_id, num_transitions=NUM_TRANSITIONS, seed=0):
+def generate(env_id, num_transitions, seed=0):
     """Demonstrations of at least num_transitions steps as the arrays of `common.load_dataset`."""
     data = {name: [] for name in common.DATASET_KEYS}
     num_steps, successes = 0, []
@@ -302,7 +302,7 @@ def generate(env_id, num_transitions=NUM_TRANSITIONS, seed=0):
 def dataset_file(env_id):
     """The demonstrations of `env_id` in $PARL_CACHE (~/.cache/parl), made on first use in about a minute."""
     task_of(env_id)
-    return common.cached_file(f"{env_id}-{NUM_TRANSITIONS}-v1.npz", lambda: generate(env_id))
+    return common.cached_file(f"{env_id}-{NUM_TRANSITIONS}-v1.npz", lambda: generate(env_id, NUM_TRANSITIONS))
 
 
 def read_dataset(env_id, path):
