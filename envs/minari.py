@@ -1,15 +1,15 @@
 """Minari's datasets (https://minari.farama.org) and the environments they were recorded in: --env-id minari:ID.
 
-Dict and tuple observations are flattened in the order of gymnasium's `spaces.flatten`, that of the space's keys, in the
-data as in the environment. Datasets are looked for in $MINARI_DATASETS_PATH (~/.minari/datasets), else downloaded.
+Dict observations are flattened in the order of gymnasium's `spaces.flatten`, that of the space's keys, here as in the
+environment. Datasets are looked for in $MINARI_DATASETS_PATH (~/.minari/datasets), else downloaded by minari.
 """
 
 import gymnasium as gym
 import minari
 import numpy as np
 
-from common import DATASET_KEYS, InputError
-from common import read_dataset as read_file
+import common
+from common import InputError
 
 IDS = ()  # Minari has the list
 
@@ -19,16 +19,15 @@ def load(env_id):
     try:
         return minari.load_dataset(env_id.removeprefix("minari:"), download=True)
     except Exception as error:  # minari's, h5py's, and those of its clients for download have no class in common
-        local = ", ".join(minari.list_local_datasets()) or "none"
-        raise InputError(f"--env-id {env_id}: {error}; expected a dataset of Minari (present: {local})") from error
+        expected = f"expected a dataset of Minari (present: {', '.join(minari.list_local_datasets()) or 'none'})"
+        raise InputError(f"--env-id {env_id}: {error}; {expected}") from error
 
 
 def make(env_id, render=False):
     """The environment that the dataset was recorded in. Raises InputError where the dataset does not name one."""
-    dataset = load(env_id)
-    if dataset.env_spec is None:
+    if load(env_id).env_spec is None:
         raise InputError(f"--env-id {env_id}: this dataset names no environment; expected one with an env_spec")
-    return dataset.recover_environment(**({"render_mode": "rgb_array"} if render else {}))
+    return load(env_id).recover_environment(**({"render_mode": "rgb_array"} if render else {}))
 
 
 def dataset_file(env_id):
@@ -39,20 +38,17 @@ def dataset_file(env_id):
 def read_dataset(env_id, path):
     """The arrays of `common.load_dataset`; each episode of Minari's is one here. Any other `path` is a plain file."""
     if path != dataset_file(env_id):
-        return read_file(path)
+        return common.read_dataset(path)
     dataset, episodes = load(env_id), []
     for episode in dataset.iterate_episodes():
         states = flatten(dataset.observation_space, episode.observations).astype(np.float32)  # (L + 1, O)
-        last = np.arange(len(episode)) == len(episode) - 1
+        last = np.arange(1, len(states)) == len(episode)
         episodes.append((states[:-1], episode.actions, episode.rewards, episode.terminations, last, states[1:]))
-    return {key: np.concatenate(arrays) for key, arrays in zip(DATASET_KEYS, zip(*episodes, strict=True), strict=True)}
+    return dict(zip(common.DATASET_KEYS, map(np.concatenate, zip(*episodes, strict=True)), strict=True))
 
 
 def flatten(space, values):
-    """gym.spaces.flatten of T elements of `space` at once, -> (T, O)."""
-    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
-        keys = space.spaces if isinstance(space, gym.spaces.Dict) else range(len(space))
-        return np.concatenate([flatten(space[key], values[key]) for key in keys], 1)
-    if isinstance(space, gym.spaces.Box):
-        return values.reshape(len(values), -1)
+    """gym.spaces.flatten of L + 1 elements of `space` at once, -> (L + 1, O)."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flatten(part, values[key]) for key, part in space.items()], 1)
     return np.stack([gym.spaces.flatten(space, value) for value in values])
