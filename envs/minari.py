@@ -9,7 +9,6 @@ import minari
 import numpy as np
 
 import common
-from common import InputError
 
 IDS = ()  # Minari has the list
 
@@ -20,13 +19,13 @@ def load(env_id):
         return minari.load_dataset(env_id.removeprefix("minari:"), download=True)
     except Exception as error:  # minari's, h5py's, and those of its clients for download have no class in common
         expected = f"expected a dataset of Minari (present: {', '.join(minari.list_local_datasets()) or 'none'})"
-        raise InputError(f"--env-id {env_id}: {error}; {expected}") from error
+        raise common.InputError(f"--env-id {env_id}: {error}; {expected}") from error
 
 
 def make(env_id, render=False):
     """The environment that the dataset was recorded in. Raises InputError where the dataset does not name one."""
     if load(env_id).env_spec is None:
-        raise InputError(f"--env-id {env_id}: this dataset names no environment; expected one with an env_spec")
+        raise common.InputError(f"--env-id {env_id}: this dataset names no environment; expected one with an env_spec")
     return load(env_id).recover_environment(**({"render_mode": "rgb_array"} if render else {}))
 
 
