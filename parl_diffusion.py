@@ -48,8 +48,8 @@ from common import InputError
 class Args:
     """Defaults are the paper's for D4RL; PRESETS holds what an environment family changes; a flag given here wins."""
 
-    env_id: str = "pointmaze-umaze-play"  # pointmaze-{umaze,medium,large}-play or any gymnasium id (also module:Id)
-    dataset_path: str = ""  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts; empty: embedded data
+    env_id: str = "pointmaze-umaze-play"  # also antmaze-*-v2, kitchen-*-v0, metaworld-*, minari:*, any gymnasium id
+    dataset_path: str = ""  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts; empty: the family's
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
     seed: int = 0  # of everything random but the embedded data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one

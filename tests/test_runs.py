@@ -280,6 +280,21 @@ def test_readme_snippet_loads_and_acts(finished):
     assert result.stdout.count("tensor([[") == 2
 
 
+def test_readme_robot_is_an_environment(monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:] if "class Reach" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 24
+    monkeypatch.delitem(common.gym.registry, "Reach-v0", raising=False)
+    exec(compile(code, "my_robot.py", "exec"), {"__name__": "my_robot"})
+    env = common.make_env("Reach-v0", sparse=True)
+    obs, _ = env.reset(seed=0)
+    for _ in range(20):  # straight to the target, in units of the largest motion
+        obs, reward, terminated, _, info = env.step(np.clip((obs[3:] - obs[:3]) / 0.05, -1, 1))
+        if terminated:
+            break
+    assert terminated and reward == 1 and info["success"]
+
+
 def test_a_loss_that_explodes_stops_the_run_with_one_line(tmp_path):
     flags = ["--critic-lr", "1e30", "--run-dir", tmp_path / "run"]
     result = run_script("parl_diffusion", *SMALL, *flags, check=False)
