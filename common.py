@@ -467,9 +467,12 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     rewards = data["rewards"].astype(np.float64) * reward_scale + reward_bias
     if sparse:
         data["terminals"] = data["terminals"].astype(bool) | (rewards >= 0)
-        if rewards.max() < 0:
-            hint = "no success anywhere: no reward * scale + bias reaches 0; expected success to pay 0"
-            print(f"warning: {path}: {hint}", file=sys.stderr)
+    if sparse and rewards.max() < 0:
+        hint = "no success anywhere: no reward * scale + bias reaches 0; expected success to pay 0"
+        print(f"warning: {path}: {hint}", file=sys.stderr)
+    elif not np.any(data["terminals"]):
+        hint = "no terminal anywhere: every episode counts as one cut short by a time limit"
+        print(f"warning: {path}: {hint}", file=sys.stderr)
     buffer = ReplayBuffer(env.observation_space.shape[0], env.action_space.shape[0])
     buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     episodes, next_observations = split_episodes(data)

@@ -226,10 +226,14 @@ def test_bad_dataset_files(tmp_path):
             common.load_dataset("pointmaze-umaze-play", path)
 
 
-def test_no_success_anywhere_is_a_warning(tmp_path, capsys):
-    path = write_dataset(tmp_path / "data.npz", rewards=np.zeros(40))
+def test_no_success_and_no_terminal_anywhere_are_warnings(tmp_path, capsys):
+    path = write_dataset(tmp_path / "data.npz", rewards=np.zeros(40), terminals=np.zeros(40, bool))
     common.load_dataset("pointmaze-umaze-play", path, 1.0, -1.0, 0.99, sparse=True)
     assert "no success anywhere" in capsys.readouterr().err
+    common.load_dataset("pointmaze-umaze-play", path)
+    assert "no terminal anywhere" in capsys.readouterr().err
+    common.load_dataset("pointmaze-umaze-play", write_dataset(tmp_path / "good.npz"), 1.0, -1.0, 0.99, sparse=True)
+    assert capsys.readouterr().err == ""
 
 
 BAD_FLAGS = {
