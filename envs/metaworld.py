@@ -220,11 +220,10 @@ def make(env_id, render=False):
 
     Raises InputError for an unknown id, with near misses, and for render without OpenGL.
     """
-    env = gym.wrappers.TimeLimit(MetaWorld(task_of(env_id)), TIME_LIMIT)
+    env = MetaWorld(task_of(env_id))
     if render:
-        env.reset(seed=0)
-        env.render()
-    return env
+        opengl_context()
+    return gym.wrappers.TimeLimit(env, TIME_LIMIT)
 
 
 def make_images(env_id, size):
