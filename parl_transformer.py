@@ -136,8 +136,8 @@ PRESETS = {
     "ogbench": dict(
         sparse_reward=True, num_threads=1, eval_every=10_000, log_every=500,
         bc_steps=30_000, offline_steps=20_000, online_steps=10_000, online_episodes=None, batch_size=128,
-        hidden_dims=(256, 256), ensemble_size=2, critic_lr=1e-3, target_rate=0.01, cql_weight=0.01,
-        num_samples=16, num_keep=4, num_gradient_steps=3, action_lr=5e-3,
+        hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.01, cql_weight=0.01,
+        num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
         bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=128, num_layers=2,
     ),
 }  # fmt: skip
