@@ -70,8 +70,8 @@ class Normalizer(torch.nn.Module):
     def __init__(self, obs_dim, states=()):
         super().__init__()
         states = states if len(states) else np.array([[-1.0], [1.0]]) * np.ones(obs_dim)
-        self.register_buffer("mean", torch.tensor(states.mean(0), dtype=torch.float32))
-        self.register_buffer("std", torch.tensor(states.std(0).clip(1e-3), dtype=torch.float32))
+        self.register_buffer("mean", torch.tensor(states.mean(0, dtype=np.float64), dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(states.std(0, dtype=np.float64).clip(1e-3), dtype=torch.float32))
 
     def forward(self, obs):
         return (obs - self.mean) / self.std
@@ -351,6 +351,12 @@ def make_env(env_id, sparse=False, render=False):
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if rescaled else env
 
 
+def action_bounds(env):
+    """(low, high), each (A,): the units of actions in a dataset file for an environment of `make_env`."""
+    inner = env.env if isinstance(env, gym.wrappers.RescaleAction) else env
+    return inner.action_space.low, inner.action_space.high
+
+
 DATASET_KEYS = (
     "observations",
     "actions",
@@ -409,7 +415,7 @@ def read_dataset(path, optional=("next_observations",)):
 
 def check_dataset(data, path, env):
     """Raises InputError with file, key and first bad index unless the arrays fit each other and the environment."""
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    low, high = action_bounds(env)
     rows = {"observations": env.observation_space.shape, "actions": low.shape}
     rows["next_observations"], length = rows["observations"], data["rewards"].size
     if length == 0:
@@ -462,11 +468,15 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     path, env, module = dataset_file(env_id, dataset_path), make_env(env_id), family_module(env_id)
     data = module.read_dataset(env_id, path) if module else read_dataset(path)
     check_dataset(data, path, env)
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    low, high = action_bounds(env)
     actions = 2 * (data["actions"] - low) / (high - low) - 1
     rewards = data["rewards"].astype(np.float64) * reward_scale + reward_bias
+    data["terminals"] = data["terminals"].astype(bool)
     if sparse:
-        data["terminals"] = data["terminals"].astype(bool) | (rewards >= 0)
+        if (data["terminals"] & (rewards < 0)).any():
+            hint = "a failure that ends an episode costs one step, which pays; let it go on to its time limit"
+            print(f"warning: {path}: terminals without success, with --sparse-reward: {hint}", file=sys.stderr)
+        data["terminals"] |= rewards >= 0
     if sparse and rewards.max() < 0:
         hint = "no success anywhere: no reward * scale + bias reaches 0; expected success to pay 0"
         print(f"warning: {path}: {hint}", file=sys.stderr)
@@ -845,8 +855,13 @@ def main(train, args_class, presets, description):
             config = Path(given.resume) / "config.json"
             if not config.is_file():
                 raise InputError(f"--resume {given.resume}: no config.json there; expected the directory of a run")
-            saved = json.loads(config.read_text())
-            defaults = {field.name: saved[field.name] for field in dataclasses.fields(args_class)}
+            try:
+                saved = json.loads(config.read_text())
+                defaults = {field.name: saved[field.name] for field in dataclasses.fields(args_class)}
+            except (ValueError, KeyError) as error:
+                raise InputError(
+                    f"--resume {given.resume}: config.json is not one of this script's ({error})"
+                ) from error
             defaults["hidden_dims"] = tuple(defaults["hidden_dims"])
         if given.online_steps or given.online_episodes:  # the one that is given counts alone
             defaults |= {"online_steps": None, "online_episodes": None}

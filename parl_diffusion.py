@@ -366,10 +366,11 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     states = len(obs)
     if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
         states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
-    own = [None] * len(obs) if dataset_actions is None else dataset_actions.split(states)
+    parts = list(zip(obs.split(states), candidates.split(states), strict=True))
+    own = [None] * len(parts) if dataset_actions is None else dataset_actions.split(states)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, own_part), args)
-        for part, some, own_part in zip(obs.split(states), candidates.split(states), own, strict=False)
+        for (part, some), own_part in zip(parts, own, strict=True)
     ]
     actions, q = (torch.cat(values) for values in zip(*results, strict=True))
     return actions, q
@@ -422,7 +423,7 @@ def cached_samples(policy, states, act_dim, args):
         return None
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        chunks = tqdm(states.split(1024), "samples", leave=False, disable=None)
+        chunks = tqdm(states.split(max(1, 8192 // args.num_samples)), "samples", leave=False, disable=None)
         return torch.cat([policy.sample(chunk, args.num_samples).half() for chunk in chunks])
 
 

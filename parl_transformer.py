@@ -148,8 +148,9 @@ PRESETS = {
 
 def draw(probs, uniform):
     """Draws from probs (R, bins), N per row: uniform (R, N) in [0, 1] -> the first indices (R, N) at which the sum of
-    probabilities exceeds it."""
-    return torch.searchsorted(probs.cumsum(-1), uniform.contiguous(), right=True).clamp(max=probs.shape[-1] - 1)
+    probabilities reaches it. The sum ends a rounding error beside 1, so it is the sum that uniform is a share of."""
+    sums = probs.cumsum(-1)
+    return torch.searchsorted(sums, uniform * sums[:, -1:])
 
 
 class Block(nn.Module):
@@ -189,6 +190,10 @@ class TransformerPolicy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
+        for name, least in (("num_heads", 1), ("action_bins", 2), ("num_components", 1)):
+            if getattr(args, name) < least:
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise InputError(f"{flag}: expected at least {least}")
         if args.width % args.num_heads:
             raise InputError(f"--width {args.width}: expected a multiple of --num-heads {args.num_heads}")
         self.act_dim, self.tokens = act_dim, args.head == "tokens"
@@ -210,8 +215,10 @@ class TransformerPolicy(nn.Module):
         each position sees those of the dimensions before it."""
         h = self.embed_obs(obs)[:, None]  # (B, 1, W)
         if self.tokens:
-            dimensions = torch.arange(self.act_dim - 1, device=obs.device)
-            h = torch.cat([h, self.embed_tokens[dimensions, tokens[:, :-1]]], 1)  # (B, A, W)
+            first = torch.arange(self.act_dim - 1, device=obs.device) * len(
+                self.values
+            )  # row of each dimension's table
+            h = torch.cat([h, F.embedding(tokens[:, :-1] + first, self.embed_tokens.flatten(0, 1))], 1)  # (B, A, W)
         else:
             h = F.pad(h, (0, 0, 0, self.act_dim - 1))  # (B, A, W): position d > 0 holds nothing but its place
         h = self.dropout(h + self.positions)
@@ -230,12 +237,12 @@ class TransformerPolicy(nn.Module):
 
         NOTE(differs): a transformer is sampled with dropout off and from its running average (released: neither).
         """
-        noise = common.seeded_normal((len(obs), num_samples, self.act_dim + 1), seeds, obs.device)
-        uniform = torch.special.ndtr(noise)  # (B, K, A + 1)
         if self.tokens:
-            return self.sample_tokens(obs, uniform[..., 1:])
+            noise = common.seeded_normal((len(obs), num_samples, self.act_dim), seeds, obs.device)
+            return self.sample_tokens(obs, torch.special.ndtr(noise))
+        noise = common.seeded_normal((len(obs), num_samples, self.act_dim + 1), seeds, obs.device)
         log_weights, means, log_stds = self.mixture(obs)
-        component = draw(log_weights.exp(), uniform[..., 0])  # (B, K)
+        component = draw(log_weights.exp(), torch.special.ndtr(noise[..., 0]))  # (B, K)
         pick = component[:, None].expand(-1, self.act_dim, -1)  # (B, A, K)
         mean, log_std = means.gather(2, pick).mT, log_stds.gather(2, pick).mT  # (B, K, A)
         return torch.tanh(mean + log_std.exp() * noise[..., 1:])
@@ -410,10 +417,11 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     states = len(obs)
     if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
         states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
-    own = [None] * len(obs) if dataset_actions is None else dataset_actions.split(states)
+    parts = list(zip(obs.split(states), candidates.split(states), strict=True))
+    own = [None] * len(parts) if dataset_actions is None else dataset_actions.split(states)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, own_part), args)
-        for part, some, own_part in zip(obs.split(states), candidates.split(states), own, strict=False)
+        for (part, some), own_part in zip(parts, own, strict=True)
     ]
     actions, q = (torch.cat(values) for values in zip(*results, strict=True))
     return actions, q
@@ -466,7 +474,7 @@ def cached_samples(policy, states, act_dim, args):
         return None
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        chunks = tqdm(states.split(1024), "samples", leave=False, disable=None)
+        chunks = tqdm(states.split(max(1, 8192 // args.num_samples)), "samples", leave=False, disable=None)
         return torch.cat([policy.sample(chunk, args.num_samples).half() for chunk in chunks])
 
 

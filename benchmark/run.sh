@@ -12,8 +12,13 @@ one() {
   name=$1 script=$2; shift 2
   [ -e "benchmark/results/$name.csv" ] && return
   mkdir -p "runs/$name"
-  python "$script.py" --num-eval-episodes 100 --run-dir "runs/$name" "$@" >"runs/$name/log.txt" 2>&1 &&
-    cp "runs/$name/metrics.csv" "benchmark/results/$name.csv" || echo "$name failed: runs/$name/log.txt"
+  where=(--run-dir "runs/$name")
+  [ -e "runs/$name/checkpoint.pt" ] && where=(--resume "runs/$name")  # it was interrupted
+  if python "$script.py" --num-eval-episodes 100 "${where[@]}" "$@" >>"runs/$name/log.txt" 2>&1; then
+    cp "runs/$name/metrics.csv" "benchmark/results/$name.csv"
+  else
+    echo "$name failed: runs/$name/log.txt"; return 1
+  fi
 }
 export -f one
 grep -v '^#' "$1" | xargs -P "${2:-$(nproc)}" -I{} bash -c 'one {}'

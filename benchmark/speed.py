@@ -41,9 +41,9 @@ POLICIES = {
 # observation and action dimensions, and what the task's preset changes of the paper's defaults
 SETTINGS = {
     "pointmaze": (4, 2, parl_diffusion.PRESETS["pointmaze"]),
-    "antmaze": (29, 8, {"hidden_dims": (256,) * 4}),
-    "antmaze, E 2": (29, 8, {"hidden_dims": (256,) * 4, "ensemble_size": 2}),
-    "kitchen": (60, 9, {"hidden_dims": (512,) * 3}),
+    "antmaze": (29, 8, parl_diffusion.PRESETS["antmaze"]),
+    "antmaze, E 2": (29, 8, parl_diffusion.PRESETS["antmaze"] | {"ensemble_size": 2}),
+    "kitchen": (60, 9, parl_diffusion.PRESETS["kitchen"]),
 }
 GROWTH = {"num_samples": "K", "num_gradient_steps": "T", "ensemble_size": "E", "batch_size": "batch"}
 
@@ -151,7 +151,7 @@ def measure(setting, policy_name, options, only=None, **changes):
         for name, function in functions.items():
             times[name].append(milliseconds(function, options.device))
     sgemm = gigaflops["sgemm"] / statistics.median(times.pop("sgemm")) * 1000
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     if options.device == "cuda":
         gigabytes = torch.cuda.max_memory_allocated() / 1e9
     rows = []
@@ -192,7 +192,6 @@ def main(options):
         cases = [{field: base[field] * factor} for field in GROWTH for factor in (1, 2, 4)]
         for case in cases:
             (field, value), *_ = case.items()
-            options = replace(options, repeats=min(options.repeats, 5))
             (row,) = in_own_process(measure, "antmaze, E 2", "diffusion", options, only, **case)
             rows.append({"doubled": GROWTH[field], "value": value, **row})
     else:

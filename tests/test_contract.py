@@ -234,6 +234,9 @@ def test_no_success_and_no_terminal_anywhere_are_warnings(tmp_path, capsys):
     assert "no terminal anywhere" in capsys.readouterr().err
     common.load_dataset("pointmaze-umaze-play", write_dataset(tmp_path / "good.npz"), 1.0, -1.0, 0.99, sparse=True)
     assert capsys.readouterr().err == ""
+    failing = write_dataset(tmp_path / "failing.npz", terminals=np.arange(40) % 20 == 19)
+    common.load_dataset("pointmaze-umaze-play", failing, 1.0, -1.0, 0.99, sparse=True)
+    assert "terminals without success" in capsys.readouterr().err
 
 
 BAD_FLAGS = {
@@ -275,6 +278,33 @@ def test_bad_flags(flags, capsys, monkeypatch, tmp_path):
     assert str(stop.value).startswith("error: ") and BAD_FLAGS[flags] in str(stop.value)
     assert "\n" not in str(stop.value)
     assert not (tmp_path / "runs").exists()
+
+
+TRANSFORMER_FLAGS = {
+    "--num-heads 0": "--num-heads 0: expected at least 1",
+    "--num-heads 7": "expected a multiple of --num-heads 7",
+    "--action-bins 1": "--action-bins 1: expected at least 2",
+    "--head continuous --num-components 0": "--num-components 0: expected at least 1",
+}
+
+
+@pytest.mark.parametrize("flags", TRANSFORMER_FLAGS)
+def test_bad_flags_of_the_transformer(flags, monkeypatch, tmp_path):
+    module = importlib.import_module("parl_transformer")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["parl_transformer", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        common.main(module.train, module.Args, module.PRESETS, module.__doc__)
+    assert str(stop.value).startswith("error: ") and TRANSFORMER_FLAGS[flags] in str(stop.value)
+
+
+def test_resuming_a_run_of_another_script_or_a_broken_one(monkeypatch, tmp_path):
+    module = importlib.import_module("parl_transformer")
+    for text in ('{"env_id": "pointmaze-umaze-play"}', '{"env_id": "point'):
+        (tmp_path / "config.json").write_text(text)
+        monkeypatch.setattr("sys.argv", ["parl_transformer", "--resume", str(tmp_path)])
+        with pytest.raises(SystemExit, match=r"config\.json is not one of this script's"):
+            common.main(module.train, module.Args, module.PRESETS, module.__doc__)
 
 
 def test_unknown_flags_and_bad_checkpoints(script, tmp_path):

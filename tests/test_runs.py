@@ -212,6 +212,14 @@ def test_modes(script, finished, tmp_path):
     assert len(rows) == 2 and json.loads((tmp_path / "nothing" / "config.json").read_text())["dataset_sha256"] is None
 
 
+def test_the_transformers_other_head(tmp_path):
+    run_script("parl_transformer", *SMALL, "--head", "continuous", "--run-dir", tmp_path / "run")
+    rows = common.read_metrics(tmp_path / "run" / "metrics.csv")
+    assert rows[-1]["phase"] == "online" and np.isfinite(rows[-1]["policy/distill_loss"])
+    again = run_script("parl_transformer", "--eval-only", "--resume", tmp_path / "run")
+    assert json.loads(again.stdout[again.stdout.index("{") :])["eval/length"] == pytest.approx(rows[-1]["eval/length"])
+
+
 def test_policy_checkpoint_is_the_policy_that_starts(finished, tmp_path):
     """Evaluated before any update, it acts as the one it was taken from."""
     start = finished("parl_diffusion")

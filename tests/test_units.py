@@ -90,6 +90,21 @@ def test_the_batchs_action_replaces_the_worst_kept_one_unless_there_is_only_one(
     torch.testing.assert_close(kept[0, :, 0], torch.tensor([0.1]))
 
 
+def test_states_in_parts_are_the_states_at_once():
+    """At the paper's sizes a batch is optimised in parts: each with its own states, candidates and batch actions."""
+    args = make_args(num_keep=10, ensemble_size=10, hidden_dims=(256,), num_gradient_steps=2, action_lr=0.05)
+    critic = QuadraticCritic(10)
+    obs, candidates, own = torch.randn(45, 3), torch.rand(45, 12, 2) * 2 - 1, torch.rand(45, 2) * 2 - 1
+    assert 2**19 // (10 * 10 * 256) < 45
+    for extra in (None, own):
+        actions, q = parl.optimize_actions(critic, obs, candidates, args, extra)
+        expected = parl.ascend(critic, obs, parl.rerank(critic, obs, candidates, args, extra), args)
+        torch.testing.assert_close(actions, expected[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(q, expected[1], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="shorter"):
+        parl.optimize_actions(critic, obs, candidates, args, own[:30])
+
+
 def test_no_gradient_is_left_behind():
     """A backward() in place of autograd.grad would fill parameters' .grad; a missing detach would keep a graph."""
     args = make_args()
@@ -128,6 +143,8 @@ def test_optimization_info_by_hand():
     info = parl.optimization_info(QuadraticCritic(), obs, samples, args)  # a <- a - 0.25 * 2a = a / 2
     expected = {"opt/q_before": -0.4, "opt/q_after": -0.01, "opt/improvement": 0.39, "opt/l1_move": 0.15}
     expected |= {"opt/grad_norm": 0.6, "opt/tokens_changed": 1.0}
+    first, second = 1 / (1 + math.exp(-0.03)), 1 / (1 + math.exp(0.03))  # softmax of -0.01 and -0.04
+    expected |= {"opt/candidate_entropy": -first * math.log(first) - second * math.log(second)}
     for name, value in expected.items():
         assert float(info[name]) == pytest.approx(value, abs=1e-6), name
 
@@ -179,6 +196,45 @@ def test_members_are_independent_but_for_the_head():
     assert q.shape == (3, 3, 5) and logits.shape == (3, 3, 5, 11)
     (gradient,) = torch.autograd.grad(q[1].sum(), critic.weights[0])
     assert gradient[1].abs().sum() > 0 and gradient[[0, 2]].abs().sum() == 0
+
+
+def test_update_critic_learns_from_optimised_actions_at_their_own_states():
+    """Policy actions at obs and next_obs swapped, gradients left from the step before, a target that stands still."""
+    args = make_args(num_samples=4, num_keep=2, num_gradient_steps=1, action_lr=0.1, critic_subset=1, ensemble_size=1)
+    critic, batch = parl.Critic(4, 2, args), batch_of()
+    for parameter in critic.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    samples, target = torch.rand(12, 4, 2) * 2 - 1, copy.deepcopy(critic)
+    at_obs, at_next = (
+        parl.choose(*parl.optimize_actions(critic, obs, part, args))
+        for obs, part in ((batch["obs"], samples[:6]), (batch["next_obs"], samples[6:]))
+    )
+    batch = {name: batch[name] for name in ("obs", "next_obs", "actions", "rewards", "masks", "mc_returns")}
+    reference = copy.deepcopy(critic)
+    torch.manual_seed(1)
+    loss, _ = parl.critic_loss(
+        reference, target, {**batch, "policy_actions": at_obs, "next_policy_actions": at_next}, args
+    )
+    loss.backward()
+    for parameter in critic.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    before, optimizer = copy.deepcopy(critic), torch.optim.SGD(critic.parameters(), lr=0.1)
+    torch.manual_seed(1)
+    parl.update_critic(critic, target, optimizer, batch, samples, args)
+    for new, old, expected, average in zip(
+        critic.parameters(), before.parameters(), reference.parameters(), target.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new, old - 0.1 * expected.grad)
+        torch.testing.assert_close(average, old + args.target_rate * (new - old))
+
+
+def test_normalizer():
+    states = np.array([[0.0, 5.0], [4.0, 5.0]], np.float32)
+    normalizer = common.Normalizer(2, states)
+    torch.testing.assert_close(normalizer(torch.tensor([[4.0, 5.001]])), torch.tensor([[1.0, 1.0]]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(common.Normalizer(2)(torch.tensor([[4.0, 5.0]])), torch.tensor([[4.0, 5.0]]))
+    many = common.Normalizer(1, np.full((1_000_000, 1), 20.3, np.float32))  # a float32 sum would be 0.7 % off
+    assert float(many.mean) == pytest.approx(20.3, rel=1e-6) and float(many.std) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_learning_rate_schedule():
@@ -352,6 +408,19 @@ def test_cached_keys_and_values_give_the_full_computation(monkeypatch):
     torch.testing.assert_close(torch.stack(drawn_from, 1), expected, rtol=1e-4, atol=1e-7)
 
 
+def test_token_gradients_are_the_same_every_time_on_two_threads():
+    """A parallel sum in an order of its own would break `killed and resumed = uninterrupted` at the paper's sizes."""
+    args = parl_transformer.Args(num_layers=1, dropout=0.0)
+    policy = parl_transformer.TransformerPolicy(29, 8, args)
+    obs, actions = torch.randn(256, 29), (torch.rand(256, 8) * 2 - 1) / 8  # many states share a token
+    torch.set_num_threads(2)
+    try:
+        gradients = [torch.autograd.grad(policy.loss(obs, actions), policy.embed_tokens)[0] for _ in range(6)]
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_a_token_position_sees_no_later_dimension():
     policy = POLICIES["tokens"](4, 3).eval()
     obs, tokens = torch.randn(2, 4), torch.tensor([[3, 50, 9], [3, 90, 100]])
@@ -363,7 +432,9 @@ def test_a_token_position_sees_no_later_dimension():
 def test_draw_inverts_the_cumulative_sum():
     probs = torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
     uniform = torch.tensor([[0.0, 0.24, 0.26, 1.0], [0.0, 0.5, 0.999, 1.0]])
-    assert parl_transformer.draw(probs, uniform).tolist() == [[0, 0, 2, 2], [0, 0, 0, 2]]
+    assert parl_transformer.draw(probs, uniform).tolist() == [[0, 0, 2, 2], [0, 0, 0, 0]]
+    sums_to_less = torch.tensor([[0.5, 0.4999, 0.0]])  # as float32 sums do; what has no probability is never drawn
+    assert parl_transformer.draw(sums_to_less, torch.tensor([[0.4, 0.9999999, 1.0]])).tolist() == [[0, 1, 1]]
 
 
 def test_dropout_is_on_while_training_alone():
@@ -471,6 +542,12 @@ def test_load_dataset_cuts_at_success_and_scales(tmp_path):
     assert buffer.mc_returns[:8] == pytest.approx([-1.9, -1, 0, *[-10] * 5], rel=1e-5)
 
 
+def test_terminals_of_any_number_are_flags(tmp_path):
+    data = arrays(4, observations=np.zeros((4, 4)), actions=np.zeros((4, 2)), terminals=np.array([0, 255, 0, 255]))
+    np.savez(tmp_path / "data.npz", **data)
+    assert common.load_dataset("pointmaze-umaze-play", tmp_path / "data.npz").masks[:4].tolist() == [1, 0, 1, 0]
+
+
 class Countdown(gym.Env):
     """Ends after a number of steps drawn at reset; the action's first number is the reward. Bounds are not [-1, 1]."""
 
@@ -503,6 +580,16 @@ def test_any_environment_is_flattened_and_rescaled():
     np.testing.assert_allclose(env.unwrapped.taken, [0, 4])
     env.step(np.array([0.5, 0.0]))
     np.testing.assert_allclose(env.unwrapped.taken, [7.5, 0])
+
+
+def test_actions_of_a_file_are_in_the_units_that_make_env_was_given(tmp_path):
+    """An environment whose own wrapper rescales: its outermost bounds count, not those of what is inside."""
+    wrapped = lambda: gym.wrappers.RescaleAction(Countdown(), np.float32(-2), np.float32(2))  # noqa: E731
+    gym.register("Wrapped-v0", entry_point=wrapped)
+    data = arrays(4, observations=np.zeros((4, 3)), actions=np.full((4, 2), 1.0), timeouts=np.arange(4) == 3)
+    np.savez(tmp_path / "data.npz", **data, next_observations=np.zeros((4, 3)))
+    buffer = common.load_dataset("Wrapped-v0", tmp_path / "data.npz")
+    assert buffer.actions[:4] == pytest.approx(0.5)
 
 
 def test_a_sparse_episode_ends_at_its_first_success():
