@@ -162,7 +162,7 @@ def plot_classes(runs, path):
             points.append([(row["env_step"], row["eval/policy_success_rate"]) for row in [*before, evaluated[-1]]])
             right.plot(*np.add(points[-1], [(8 * i, 0)]).T, color=colour, alpha=0.5, marker="o", linewidth=1)
         left.plot(grid, np.mean(curves, 0), color=colour, linewidth=2, label=f"{title} (mean of {len(curves)} seeds)")
-    left.set(xlabel="environment steps of fine-tuning", ylabel="steps to goal of the online episodes", ylim=(0, None))
+    left.set(xlabel="environment steps of fine-tuning", ylabel="length of the online episodes, steps", ylim=(0, None))
     right.set(
         xlabel="environment steps of fine-tuning (classes shifted a little)",
         ylabel="raw policy: success rate",
@@ -177,7 +177,7 @@ def plot_classes(runs, path):
 def main():
     runs = load()
     parts = [
-        "# PointMaze results",
+        "# Results: PointMaze, slalom",
         "Written by `python benchmark/report.py`; see README.md in this folder for what, where and when.",
     ]
     for name, title in TITLES.items():
