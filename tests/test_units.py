@@ -233,8 +233,9 @@ def test_normalizer():
     normalizer = common.Normalizer(2, states)
     torch.testing.assert_close(normalizer(torch.tensor([[4.0, 5.001]])), torch.tensor([[1.0, 1.0]]), atol=1e-3, rtol=0)
     torch.testing.assert_close(common.Normalizer(2)(torch.tensor([[4.0, 5.0]])), torch.tensor([[4.0, 5.0]]))
-    many = common.Normalizer(1, np.full((1_000_000, 1), 20.3, np.float32))  # a float32 sum would be 0.7 % off
-    assert float(many.mean) == pytest.approx(20.3, rel=1e-6) and float(many.std) == pytest.approx(1e-3, rel=1e-3)
+    many = common.Normalizer(2, np.full((1_000_000, 2), 20.3, np.float32))  # float32 sums would be 0.7 % off
+    assert many.mean.tolist() == pytest.approx([20.3, 20.3], rel=1e-6)
+    assert many.std.tolist() == pytest.approx([1e-3, 1e-3], rel=1e-3)
 
 
 def test_learning_rate_schedule():
