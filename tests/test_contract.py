@@ -259,6 +259,7 @@ BAD_FLAGS = {
     "--policy-checkpoint nowhere.pt": "--policy-checkpoint nowhere.pt: no such file",
     "--policy-checkpoint notes.pt": "--policy-checkpoint notes.pt: not a checkpoint",
     "--hidden-dims 0": "--hidden-dims (0,): expected one or more widths",
+    "--num-bins 1": "--num-bins 1: expected at least 2",
     "--critic-utd 0": "--critic-utd 0: expected at least 1",
     "--online-steps None": "expected a number for one of them",
     "--q-min nan": "--q-min nan: expected less than --q-max",
