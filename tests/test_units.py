@@ -459,6 +459,22 @@ def test_samples_follow_the_density_that_the_loss_gives(name):
         assert float(((samples > low) & (samples < high)).float().mean()) == pytest.approx(mass, abs=0.015)
 
 
+def test_mixture_samples_by_hand(monkeypatch):
+    """The noise that picks a component reused for the action, a component's mean with another's deviation, dimensions
+    exchanged, a weight that counts one position's vote alone."""
+    policy = POLICIES["continuous"](1, 2)
+    votes = torch.tensor([[3.0, 1.0], [0.5, 1.0]]).log()  # per position; the sum: 1.5 to 1
+    means, stds = torch.tensor([[-1.0, 0.8], [-0.6, 1.2]]), torch.tensor([[0.1, 0.2], [0.3, 0.15]])
+    monkeypatch.setattr(policy, "forward", lambda obs: torch.cat([votes, means, stds.log()], -1)[None])
+    x = torch.atanh(policy.sample(torch.zeros(1, 1), 20_000)[0].double()).float()  # (K, A)
+    first = x[:, 0] < 0
+    assert float(first.float().mean()) == pytest.approx(0.6, abs=0.015)
+    for component, drawn in enumerate((x[first], x[~first])):
+        torch.testing.assert_close(drawn.mean(0), means[:, component], atol=0.02, rtol=0)
+        torch.testing.assert_close(drawn.std(0), stds[:, component], atol=0.01, rtol=0)
+        assert abs(float(torch.corrcoef(drawn.T)[0, 1])) < 0.05
+
+
 def test_cached_keys_and_values_give_the_full_computation(monkeypatch):
     """The distributions that tokens are drawn from, one position at a time with K samples behind one observation, are
     those of the whole sequence at once."""
@@ -735,11 +751,10 @@ def test_evaluation_is_the_same_with_1_and_8_environments():
     assert 0 < sum(episode["success"] for episode in one) < len(seeds)
 
 
-def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments():
+def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments(make_policy):
     """Bit for bit, actions included: noise comes from keys, and rounding does not depend on who acts beside whom."""
-    torch.manual_seed(0)
-    args = make_args(num_samples=8, num_keep=3, num_gradient_steps=2, num_bins=128, hidden_dims=(128, 128), width=64)
-    policy, critic = parl.DiffusionPolicy(4, 2, args).eval(), parl.Critic(4, 2, args)
+    args = make_args(num_samples=8, num_keep=3, num_gradient_steps=2, num_bins=128, hidden_dims=(128, 128))
+    policy, critic = make_policy(4, 2).eval(), parl.Critic(4, 2, args)
 
     def act(obs, keys):
         return parl.act(policy, critic, torch.from_numpy(obs), args, keys).numpy()
