@@ -249,21 +249,22 @@ def test_eval_only_repeats_the_last_evaluation_and_writes_nothing(script, finish
 
 def test_modes(script, finished, tmp_path):
     """Offline only, pure online from a checkpoint without data in the batches, a policy that learns at the end."""
-    run_here(script, *SMALL, "--online-steps", 0, "--offline-distill-steps", 10, "--run-dir", tmp_path / "offline")
+    small = [*SMALL, "--eval-every", 1000]  # evaluated at the ends of phases alone
+    run_here(script, *small, "--online-steps", 0, "--offline-distill-steps", 10, "--run-dir", tmp_path / "offline")
     rows = common.read_metrics(tmp_path / "offline" / "metrics.csv")
     assert [row["phase"] for row in rows][-1] == "distill" and rows[-1]["policy/distill_loss"] > 0
     start = finished(script) / "checkpoint.pt"
     flags = ["--policy-checkpoint", start, "--offline-steps", 0, "--offline-ratio", 0]
-    run_here(script, *SMALL, *flags, "--run-dir", tmp_path / "pure")
+    run_here(script, *small, *flags, "--run-dir", tmp_path / "pure")
     rows = common.read_metrics(tmp_path / "pure" / "metrics.csv")
     assert {row["phase"] for row in rows} == {"online"}
     flags = ["--offline-steps", 0, "--policy-utd", 2, "--critic-utd", 3, "--online-episodes", 1]
-    run_here(script, *SMALL, *flags, "--run-dir", tmp_path / "mixed")
+    run_here(script, *small, *flags, "--run-dir", tmp_path / "mixed")
     last = common.read_metrics(tmp_path / "mixed" / "metrics.csv")[-1]
     assert last["gradient_step"] == 20 + 3 * last["env_step"] and last["episode"] == 1
     flags = ["--bc-steps", 0, "--offline-ratio", 0, "--online-episodes", 2, "--online-steps", 1000, "--num-bins", 0]
     flags += ["--no-normalize-obs", "--distill-argmax", "--sample-cache-gb", 0]
-    run_here(script, *SMALL, *flags, "--run-dir", tmp_path / "nothing")
+    run_here(script, *small, *flags, "--run-dir", tmp_path / "nothing")
     rows = common.read_metrics(tmp_path / "nothing" / "metrics.csv")
     assert len(rows) == 2 and json.loads((tmp_path / "nothing" / "config.json").read_text())["dataset_sha256"] is None
 
