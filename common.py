@@ -578,17 +578,20 @@ COLUMNS = """
 """.split()  # noqa: SIM905
 
 
+MAY_CHANGE = {"dropout", "gradient_checkpointing", "images_per_forward", "targets_per_image"}  # how a policy is trained
+
+
 def fixed_flags(args, flag):
     """What a checkpoint's numbers mean without a shape that says so: flags that loading it by `flag` must not change.
 
     The policy's own stand last in Args, after the four on learning that every policy has.
     """
     names = [field.name for field in dataclasses.fields(args)]
-    names = ["normalize_obs", *names[names.index("policy_ema_rate") + 1 :]]
+    fixed = ["normalize_obs", *names[names.index("policy_ema_rate") + 1 :]]
     if flag == "--resume":
-        names += ["policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward"]
-        names += ["num_bins", "q_min", "q_max"]
-    return [name for name in names if name != "dropout"]
+        fixed += ["policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward"]
+        fixed += ["num_bins", "q_min", "q_max"]
+    return [name for name in fixed if name in names and name not in MAY_CHANGE]
 
 
 class Run:

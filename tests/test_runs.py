@@ -15,12 +15,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, run_here, run_script
+from conftest import PARALLEL, ROOT, SMALL, run_here, run_script
 
 import common
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=PARALLEL)
 def script(request):
     return request.param
 
@@ -130,7 +130,7 @@ def test_killed_and_resumed_equals_uninterrupted(phase, finished, tmp_path):
     check_kill("parl_diffusion", phase, finished, tmp_path)
 
 
-@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "parl_diffusion"])
+@pytest.mark.parametrize("other", [name for name in PARALLEL if name != "parl_diffusion"])
 def test_killed_and_resumed_others(other, finished, tmp_path):
     check_kill(other, "offline", finished, tmp_path)
 
