@@ -214,10 +214,16 @@ class DiffusionPolicy(nn.Module):
         NOTE(differs): actions are clipped after every reverse step, not only the last (as in the released code).
         """
         shape = (len(obs), len(self.betas), num_samples, self.act_dim)
-        noise = common.seeded_normal(shape, seeds, obs.device).unbind(1)  # per denoising step (B, K, A)
-        obs = obs[:, None].expand(-1, num_samples, -1)  # (B, K, O)
+        noise = common.seeded_normal(shape, seeds, obs.device)
+        states = 2**20 // (num_samples * self.blocks[0].expand.out_features)
+        return torch.cat([self.denoise(*part) for part in common.cache_sized(states, obs, noise)])
+
+    def denoise(self, obs, noise):
+        """DDPM, algorithm 2: obs (B, O), noise (B, diffusion_steps, K, A) -> actions (B, K, A)."""
+        noise = noise.unbind(1)  # per denoising step (B, K, A)
+        obs = obs[:, None].expand(-1, noise[0].shape[1], -1)  # (B, K, O)
         actions = noise[0]
-        for step in reversed(range(len(self.betas))):  # DDPM, algorithm 2
+        for step in reversed(range(len(self.betas))):
             beta, alpha, alpha_bar = self.betas[step], self.alphas[step], self.alpha_bars[step]
             predicted = self.predict_noise(obs, actions, torch.full((1,), step, device=obs.device))
             actions = (actions - (1 - alpha) / (1 - alpha_bar).sqrt() * predicted) / alpha.sqrt()
@@ -363,14 +369,11 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = len(obs)
-    if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
-        states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
-    parts = list(zip(obs.split(states), candidates.split(states), strict=True))
-    own = [None] * len(parts) if dataset_actions is None else dataset_actions.split(states)
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
+    own = () if dataset_actions is None else (dataset_actions,)
     results = [
-        ascend(critic, part, rerank(critic, part, some, args, own_part), args)
-        for (part, some), own_part in zip(parts, own, strict=True)
+        ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
+        for part, some, *own_part in common.cache_sized(states, obs, candidates, *own)
     ]
     actions, q = (torch.cat(values) for values in zip(*results, strict=True))
     return actions, q

@@ -239,7 +239,9 @@ class TransformerPolicy(nn.Module):
         """
         if self.tokens:
             noise = common.seeded_normal((len(obs), num_samples, self.act_dim), seeds, obs.device)
-            return self.sample_tokens(obs, torch.special.ndtr(noise))
+            states = 2**20 // (num_samples * self.blocks[0].expand.out_features)
+            parts = common.cache_sized(states, obs, torch.special.ndtr(noise))
+            return torch.cat([self.sample_tokens(*part) for part in parts])
         noise = common.seeded_normal((len(obs), num_samples, self.act_dim + 1), seeds, obs.device)
         log_weights, means, log_stds = self.mixture(obs)
         component = draw(log_weights.exp(), torch.special.ndtr(noise[..., 0]))  # (B, K)
@@ -414,14 +416,11 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = len(obs)
-    if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
-        states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
-    parts = list(zip(obs.split(states), candidates.split(states), strict=True))
-    own = [None] * len(parts) if dataset_actions is None else dataset_actions.split(states)
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
+    own = () if dataset_actions is None else (dataset_actions,)
     results = [
-        ascend(critic, part, rerank(critic, part, some, args, own_part), args)
-        for (part, some), own_part in zip(parts, own, strict=True)
+        ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
+        for part, some, *own_part in common.cache_sized(states, obs, candidates, *own)
     ]
     actions, q = (torch.cat(values) for values in zip(*results, strict=True))
     return actions, q
