@@ -57,6 +57,12 @@ def start(args):
     return torch.device("cuda" if use_gpu else "cpu"), np.random.default_rng(args.seed)
 
 
+def compiled(function, **options):
+    """torch.compile(function, **options) that captures the gradients taken inside of it as well."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, **options)
+
+
 def keep_freed_memory():
     """Have glibc keep what is freed for the next allocation: given back to the system, as it is by default from some
     megabytes on, every 4 kB of it costs a page fault when it is used again."""
