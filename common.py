@@ -7,6 +7,7 @@ normalise observations); actions are in [-1, 1] everywhere.
 import argparse
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -49,10 +50,25 @@ def start(args):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
+    keep_freed_memory()
     if args.dataset_path:
         args.dataset_path = str(Path(args.dataset_path).resolve())  # so that --resume works from any folder
     use_gpu = args.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu"), np.random.default_rng(args.seed)
+
+
+def compiled(function, **options):
+    """torch.compile(function, **options) that captures the gradients taken inside of it as well."""
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, **options)
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed for the next allocation: given back to the system, as it is by default from some
+    megabytes on, every 4 kB of it costs a page fault when it is used again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes, its maximum
 
 
 def seeded_normal(shape, seeds=None, device="cpu"):
@@ -62,6 +78,14 @@ def seeded_normal(shape, seeds=None, device="cpu"):
         return torch.randn(shape, device=device)
     rows = [np.random.default_rng(seed).standard_normal(shape[1:], np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(rows)).to(device)
+
+
+def cache_sized(rows, *tensors):
+    """Tuples of the tensors' rows, at most `rows` (and at least 1) at a time: on a CPU an operation is faster while the
+    result of the one before is in the cache. All rows at once on a GPU and while compiling."""
+    if tensors[0].is_cuda or torch.compiler.is_compiling():
+        return [tensors]
+    return list(zip(*(tensor.split(max(1, rows)) for tensor in tensors), strict=True))
 
 
 class Normalizer(torch.nn.Module):

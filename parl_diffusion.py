@@ -214,10 +214,16 @@ class DiffusionPolicy(nn.Module):
         NOTE(differs): actions are clipped after every reverse step, not only the last (as in the released code).
         """
         shape = (len(obs), len(self.betas), num_samples, self.act_dim)
-        noise = common.seeded_normal(shape, seeds, obs.device).unbind(1)  # per denoising step (B, K, A)
-        obs = obs[:, None].expand(-1, num_samples, -1)  # (B, K, O)
+        noise = common.seeded_normal(shape, seeds, obs.device)
+        states = 2**20 // (num_samples * self.blocks[0].expand.out_features)
+        return torch.cat([self.denoise(*part) for part in common.cache_sized(states, obs, noise)])
+
+    def denoise(self, obs, noise):
+        """DDPM, algorithm 2: obs (B, O), noise (B, diffusion_steps, K, A) -> actions (B, K, A)."""
+        noise = noise.unbind(1)  # per denoising step (B, K, A)
+        obs = obs[:, None].expand(-1, noise[0].shape[1], -1)  # (B, K, O)
         actions = noise[0]
-        for step in reversed(range(len(self.betas))):  # DDPM, algorithm 2
+        for step in reversed(range(len(self.betas))):
             beta, alpha, alpha_bar = self.betas[step], self.alphas[step], self.alpha_bars[step]
             predicted = self.predict_noise(obs, actions, torch.full((1,), step, device=obs.device))
             actions = (actions - (1 - alpha) / (1 - alpha_bar).sqrt() * predicted) / alpha.sqrt()
@@ -363,14 +369,11 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = len(obs)
-    if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
-        states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
-    parts = list(zip(obs.split(states), candidates.split(states), strict=True))
-    own = [None] * len(parts) if dataset_actions is None else dataset_actions.split(states)
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
+    own = () if dataset_actions is None else (dataset_actions,)
     results = [
-        ascend(critic, part, rerank(critic, part, some, args, own_part), args)
-        for (part, some), own_part in zip(parts, own, strict=True)
+        ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
+        for part, some, *own_part in common.cache_sized(states, obs, candidates, *own)
     ]
     actions, q = (torch.cat(values) for values in zip(*results, strict=True))
     return actions, q
@@ -491,11 +494,11 @@ def update_critic(critic, target_critic, optimizer, batch, samples, args):
 
     NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
     """
+    optimizer.zero_grad()
     actions, q = optimize_actions(critic, torch.cat([batch["obs"], batch["next_obs"]]), samples, args)
     policy_actions, next_policy_actions = choose(actions, q).chunk(2)
     batch = {**batch, "policy_actions": policy_actions, "next_policy_actions": next_policy_actions}
     loss, info = critic_loss(critic, target_critic, batch, args)
-    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     move_average(target_critic, critic, args.target_rate)
@@ -507,8 +510,8 @@ def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
     for group in optimizer.param_groups:
         group["lr"] = lr
     policy.train()
-    loss = policy.loss(obs, actions)
     optimizer.zero_grad()
+    loss = policy.loss(obs, actions)
     loss.backward()
     optimizer.step()
     move_average(policy_ema, policy, args.policy_ema_rate)
@@ -572,9 +575,9 @@ def train(args: Args) -> Path:
     policy_ema = copy.deepcopy(policy).eval()
     critic = Critic(obs_dim, act_dim, args).to(device)
     target_critic = copy.deepcopy(critic)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
-    compiled = torch.compile if args.compile else lambda function: function
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
+    compiled = common.compiled if args.compile else lambda function: function
     improve_critic, improve_policy = compiled(update_critic), compiled(update_policy)
 
     # The run's files; a policy to start from; a run to continue

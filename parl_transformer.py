@@ -239,7 +239,9 @@ class TransformerPolicy(nn.Module):
         """
         if self.tokens:
             noise = common.seeded_normal((len(obs), num_samples, self.act_dim), seeds, obs.device)
-            return self.sample_tokens(obs, torch.special.ndtr(noise))
+            states = 2**20 // (num_samples * self.blocks[0].expand.out_features)
+            parts = common.cache_sized(states, obs, torch.special.ndtr(noise))
+            return torch.cat([self.sample_tokens(*part) for part in parts])
         noise = common.seeded_normal((len(obs), num_samples, self.act_dim + 1), seeds, obs.device)
         log_weights, means, log_stds = self.mixture(obs)
         component = draw(log_weights.exp(), torch.special.ndtr(noise[..., 0]))  # (B, K)
@@ -414,14 +416,11 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = len(obs)
-    if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
-        states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
-    parts = list(zip(obs.split(states), candidates.split(states), strict=True))
-    own = [None] * len(parts) if dataset_actions is None else dataset_actions.split(states)
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
+    own = () if dataset_actions is None else (dataset_actions,)
     results = [
-        ascend(critic, part, rerank(critic, part, some, args, own_part), args)
-        for (part, some), own_part in zip(parts, own, strict=True)
+        ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
+        for part, some, *own_part in common.cache_sized(states, obs, candidates, *own)
     ]
     actions, q = (torch.cat(values) for values in zip(*results, strict=True))
     return actions, q
@@ -542,11 +541,11 @@ def update_critic(critic, target_critic, optimizer, batch, samples, args):
 
     NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
     """
+    optimizer.zero_grad()
     actions, q = optimize_actions(critic, torch.cat([batch["obs"], batch["next_obs"]]), samples, args)
     policy_actions, next_policy_actions = choose(actions, q).chunk(2)
     batch = {**batch, "policy_actions": policy_actions, "next_policy_actions": next_policy_actions}
     loss, info = critic_loss(critic, target_critic, batch, args)
-    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     move_average(target_critic, critic, args.target_rate)
@@ -558,8 +557,8 @@ def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
     for group in optimizer.param_groups:
         group["lr"] = lr
     policy.train()
-    loss = policy.loss(obs, actions)
     optimizer.zero_grad()
+    loss = policy.loss(obs, actions)
     loss.backward()
     optimizer.step()
     move_average(policy_ema, policy, args.policy_ema_rate)
@@ -623,9 +622,9 @@ def train(args: Args) -> Path:
     policy_ema = copy.deepcopy(policy).eval()
     critic = Critic(obs_dim, act_dim, args).to(device)
     target_critic = copy.deepcopy(critic)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
-    compiled = torch.compile if args.compile else lambda function: function
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
+    compiled = common.compiled if args.compile else lambda function: function
     improve_critic, improve_policy = compiled(update_critic), compiled(update_policy)
 
     # The run's files; a policy to start from; a run to continue

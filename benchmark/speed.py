@@ -79,9 +79,9 @@ def prepare(setting, policy_name, options, **changes):
 def operations(module, args, policy, critic, batch, options):
     """{name: a function that does it once}"""
     policy_ema, target_critic = copy.deepcopy(policy).eval(), copy.deepcopy(critic)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
-    compiled = torch.compile if options.compile else lambda function: function
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
+    compiled = common.compiled if options.compile else lambda function: function
     improve_critic, improve_policy = compiled(module.update_critic), compiled(module.update_policy)
     states = torch.cat([batch["obs"], batch["next_obs"]])  # (2B, O)
     cached = policy_ema.sample(states, args.num_samples)
@@ -133,6 +133,7 @@ def milliseconds(function, device):
 def measure(setting, policy_name, options, only=None, **changes):
     """Rows (dicts) of one setting and policy, in this process."""
     torch.set_num_threads(options.threads)
+    common.keep_freed_memory()
     prepared = prepare(setting, policy_name, options, **changes)
     functions = operations(*prepared, options)
     functions = {name: function for name, function in functions.items() if only in (None, name)}

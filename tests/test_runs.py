@@ -397,16 +397,20 @@ def test_traced_updates_agree_with_eager():
 
     def losses(update_critic, update_policy):
         networks = copy.deepcopy((critic, critic, policy, policy))
-        adams = [torch.optim.Adam(networks[i].parameters(), lr=1e-3) for i in (0, 2)]
+        adams = [torch.optim.Adam(networks[i].parameters(), lr=1e-3, fused=True) for i in (0, 2)]
         torch.manual_seed(1)
         for lr in (1e-3, 2e-3):
             info = update_critic(*networks[:2], adams[0], batch, samples, args)
             loss = update_policy(*networks[2:], adams[1], batch["obs"], batch["actions"], lr, args)
         return info["critic/loss"], loss
 
-    traced = [torch.compile(f, backend="aot_eager") for f in (parl.update_critic, parl.update_policy)]
+    traced = [common.compiled(f, backend="aot_eager") for f in (parl.update_critic, parl.update_policy)]
     for first, second in zip(losses(parl.update_critic, parl.update_policy), losses(*traced), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    explained = torch._dynamo.explain(parl.update_critic)(
+        critic, copy.deepcopy(critic), torch.optim.Adam(critic.parameters(), fused=True), batch, samples, args
+    )
+    assert explained.graph_count == 2  # all up to the gradients; Adam and the target's average
 
 
 @pytest.mark.parametrize("name", ["gaussian", "transformer"])
@@ -423,5 +427,5 @@ def test_traced_policy_updates_agree_with_eager(name):
         adam = torch.optim.Adam(trained.parameters())
         return [update_policy(trained, average, adam, obs, actions, lr, args) for lr in (1e-3, 2e-3)]
 
-    traced = torch.compile(parl.update_policy, backend="aot_eager")
+    traced = common.compiled(parl.update_policy, backend="aot_eager")
     torch.testing.assert_close(losses(traced), losses(parl.update_policy), rtol=1e-4, atol=1e-5)
