@@ -95,6 +95,7 @@ IDS = tuple(f"metaworld-{task}" for task in INSTRUCTIONS)
 
 TIME_LIMIT = 200  # steps; Meta-World's is 500, but its experts, when they succeed, do so within about 160
 NUM_TRANSITIONS = 40_000  # of the embedded dataset
+NUM_IMAGE_TRANSITIONS = 4000  # of the one with images
 CAMERA = "corner4"  # above the table's corner, facing the robot
 VIDEO_SIZE = 256  # pixels
 
@@ -119,7 +120,7 @@ def instruction(env_id):
 
 class MetaWorld(gym.Wrapper):
     """A task whose objects and goal are drawn anew at every reset, and are observed. Reward 1 at success, else 0; it
-    does not end there. info["success"] is a bool."""
+    does not end there. info["success"] is a bool. `instruction`: what to do, in words."""
 
     def __init__(self, task):
         env = ENV_CLS_MAP[f"{task}-v3"]()
@@ -128,7 +129,7 @@ class MetaWorld(gym.Wrapper):
         del env.sawyer_observation_space  # so the bounds cached without it must go
         super().__init__(env)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
-        self.camera = None
+        self.instruction, self.camera = INSTRUCTIONS[task], None
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -276,15 +277,17 @@ def expert_action(expert, obs):
         return expert.get_action(obs)
 
 
-def generate(env_id, num_transitions, seed=0):
-    """Demonstrations of at least num_transitions steps as the arrays of `common.load_dataset`."""
+def generate(env_id, num_transitions, seed=0, image_size=0):
+    """Demonstrations of at least num_transitions steps as the arrays of `common.load_dataset`; with an image_size their
+    observations are images."""
     data = {name: [] for name in common.DATASET_KEYS}
     num_steps, successes = 0, []
     with tqdm(total=num_transitions, desc=f"making {env_id} data", unit="step", disable=None) as bar:
-        for episode in demonstrations(env_id, seed):
+        for episode in demonstrations(env_id, seed, image_size):
             ends = np.arange(len(episode["actions"])) == len(episode["actions"]) - 1
-            data["observations"].append(episode["observations"][:-1])
-            data["next_observations"].append(episode["observations"][1:])
+            observations = episode["images" if image_size else "observations"]
+            data["observations"].append(observations[:-1])
+            data["next_observations"].append(observations[1:])
             data["actions"].append(episode["actions"])
             data["rewards"].append(episode["rewards"])
             data["terminals"].append(ends & episode["success"])
@@ -298,9 +301,12 @@ def generate(env_id, num_transitions, seed=0):
     return {name: np.concatenate(values) for name, values in data.items()}
 
 
-def dataset_file(env_id):
+def dataset_file(env_id, image_size=0):
     """The demonstrations of `env_id` in $PARL_CACHE (~/.cache/parl), made on first use in about a minute."""
     task_of(env_id)
+    if image_size:
+        name = f"{env_id}-{NUM_IMAGE_TRANSITIONS}-{image_size}px-v1.npz"
+        return common.cached_file(name, lambda: generate(env_id, NUM_IMAGE_TRANSITIONS, image_size=image_size))
     return common.cached_file(f"{env_id}-{NUM_TRANSITIONS}-v1.npz", lambda: generate(env_id, NUM_TRANSITIONS))
 
 
