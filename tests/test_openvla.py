@@ -18,7 +18,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-import openvla_model as openvla
+import parl_openvla as openvla
 from common import InputError
 
 GOLDEN_SIZES = openvla.Sizes(
