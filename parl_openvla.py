@@ -70,7 +70,7 @@ from common import InputError
 class Args:
     """Defaults are the paper's for OpenVLA where it has them; PRESETS holds what a family changes; a flag wins."""
 
-    env_id: str = "metaworld-button-press"  # any metaworld-*, or gymnasium id whose observations have an "image"
+    env_id: str = "metaworld-handle-press"  # any metaworld-*, or gymnasium id whose observations have an "image"
     instruction: str = ""  # what the policy is told; empty: the environment's
     dataset_path: str = ""  # .hdf5 or .npz: observations (images), actions, rewards, terminals, timeouts
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
@@ -148,9 +148,9 @@ class Args:
 # What a family of environments changes. A flag on the command line wins over all of it.
 PRESETS = {
     "metaworld": dict(
-        num_threads=1, eval_every=1000, log_every=50, num_eval_episodes=40,
-        bc_steps=1200, offline_steps=1000, online_steps=1000, online_episodes=None, batch_size=32,
-        hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.02, cql_weight=0.1,
+        discount=0.98, num_threads=1, eval_every=2000, log_every=50, num_eval_episodes=20,
+        bc_steps=1000, offline_steps=600, online_steps=800, online_episodes=None, batch_size=32,
+        hidden_dims=(128, 128), ensemble_size=2, num_bins=64, critic_lr=1e-3, target_rate=0.02, cql_weight=0.1,
         critic_image_size=32, encoder_widths=(16, 32, 32), encoding_width=128, augment_pixels=2,
         num_keep=3, num_gradient_steps=3, action_lr=5e-3, refresh_states=200,
         bc_lr=1e-3, distill_lr=3e-4, policy_warmup_steps=100, policy_ema_rate=0.01,
@@ -194,8 +194,8 @@ class Sizes:
 
 OPENVLA_7B = Sizes()
 TINY = Sizes(  # tokens are bytes, then 256 actions, then padding
-    dino=VisionSizes(64, 2, 4, 256, num_registers=4), siglip=VisionSizes(64, 2, 4, 256),
-    image_size=64, patch_size=16, hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+    dino=VisionSizes(48, 2, 4, 192, num_registers=4), siglip=VisionSizes(48, 2, 4, 192),
+    image_size=64, patch_size=16, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=176,
     vocab_size=576, space_token=32,
 )  # fmt: skip
 
@@ -1145,7 +1145,7 @@ def average_gradients(policy):
 
 
 def from_rank_0(value):
-    """Rank 0's value, on every rank."""
+    """Rank 0's object, on every rank."""
     values = [value]
     if ranks()[1] > 1:
         dist.broadcast_object_list(values)
@@ -1339,7 +1339,9 @@ def train(args: Args) -> Path:
                 obs = critic.encode(batch["obs"])
             actions, q = optimize_actions(critic, obs, samples, args, batch["actions"])
             draws = [choose(actions, q, sample=not args.distill_argmax) for _ in range(args.targets_per_image)]
-            chosen = from_rank_0(torch.stack(draws, 1))  # (B, R, A)
+            chosen = torch.stack(draws, 1)  # (B, R, A)
+            if num_ranks > 1:
+                dist.broadcast(chosen, 0)
             run.average({"policy/distill_loss": improve_policy(batch, chosen, lr)})
 
     if args.eval_only:

@@ -9,6 +9,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("parl_*.py"))
+STATE_SCRIPTS = [script for script in SCRIPTS if script != "parl_openvla"]  # the others see images
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, run_script
+from conftest import ROOT, SCRIPTS, SMALL, STATE_SCRIPTS, run_script
 
 import common
 
@@ -307,6 +307,7 @@ def test_resuming_a_run_of_another_script_or_a_broken_one(monkeypatch, tmp_path)
             common.main(module.train, module.Args, module.PRESETS, module.__doc__)
 
 
+@pytest.mark.parametrize("script", STATE_SCRIPTS)
 def test_unknown_flags_and_bad_checkpoints(script, tmp_path):
     assert run_script(script, "--no-such-flag", 1, check=False).returncode == 2
     notes = tmp_path / "notes.pt"

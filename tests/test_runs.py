@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, run_script
+from conftest import ROOT, SMALL, STATE_SCRIPTS, run_script
 
 import common
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=STATE_SCRIPTS)
 def script(request):
     return request.param
 
@@ -127,7 +127,7 @@ def test_killed_and_resumed_equals_uninterrupted(phase, finished, tmp_path):
     check_kill("parl_diffusion", phase, finished, tmp_path)
 
 
-@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "parl_diffusion"])
+@pytest.mark.parametrize("other", [name for name in STATE_SCRIPTS if name != "parl_diffusion"])
 def test_killed_and_resumed_others(other, finished, tmp_path):
     check_kill(other, "offline", finished, tmp_path)
 
