@@ -494,6 +494,22 @@ def test_adapters_alone_load_and_merge(folder, data, obs, tmp_path):
             assert torch.equal(before[name], after[name]) == (f"{layer}.lora_a" not in load_file(path)), name
 
 
+def test_readme_recipe_merges_adapters(folder, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:] if "merge_adapters" in block]
+    assert len(code.strip().splitlines()) <= 10
+    openvla.save_adapters(load(folder, lora_rank=2), tmp_path / "adapters.safetensors")
+    for name, path in [
+        ("openvla/openvla-7b", folder),
+        ("runs/X/adapters.safetensors", tmp_path / "adapters.safetensors"),
+        ("openvla-7b-improved", tmp_path / "merged"),
+    ]:
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', f'"{path}"')
+    exec(code, {})
+    assert load(tmp_path / "merged").statistics["q01"] == STATISTICS["q01"]
+
+
 AUTONOMOUS = [
     *("--bc-steps", 9, "--offline-steps", 2, "--online-episodes", 1, "--batch-size", 2, "--num-eval-episodes", 1),
     *("--eval-every", 4, "--log-every", 1, "--hidden-dims", 8, "--encoder-widths", 4, "--critic-image-size", 16),

@@ -357,6 +357,17 @@ def test_what_ranks_cannot_share(flags, message, monkeypatch):
         parl.join_ranks(parl.Args(**flags))
 
 
+def test_a_restart_of_torchrun_goes_on_from_the_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parl.dist, "init_process_group", lambda *all, **named: None)
+    (tmp_path / "checkpoint.pt").touch()
+    for count, resume in (("0", ""), ("1", str(tmp_path))):
+        args = parl.Args(run_dir=str(tmp_path), device="cpu")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        parl.join_ranks(args)
+        assert args.resume == resume
+
+
 # ---------------------------------------- environments and errors ----------------------------------------
 
 
