@@ -443,6 +443,8 @@ def test_image_datasets_keep_their_episodes(dataset):
     data = dict(np.load(dataset))
     buffer = common.load_dataset("pixels:Dot-v0", dataset, 1.0, -1.0, 0.99, True, 64)
     assert buffer.states.dtype == np.uint8 and len(buffer) == len(data["rewards"]) - data["timeouts"].sum()
+    last = buffer.state_rows[np.flatnonzero(buffer.masks[: len(buffer)] == 0)]
+    assert len(last) and np.array_equal(buffer.states[last + 1], buffer.states[last])  # no value follows a success
     batch = buffer.sample(50, np.random.default_rng(0))
     assert batch["obs"].dtype == torch.uint8 and batch["obs"].shape == (50, 64, 64, 3)
     row = int(batch["state_rows"][0])
