@@ -36,6 +36,7 @@ import matplotlib.figure
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from tqdm import tqdm
 
 
@@ -122,11 +123,15 @@ def mc_returns(rewards, masks, discount, sparse=False):
 
 class ReplayBuffer:
     """Episodes end to end. One of L steps adds L transitions and L + 1 states; a transition's next state is the row
-    after its own, so that obs and next_obs are stored once. Arrays double when full."""
+    after its own, so that obs and next_obs are stored once. Arrays double when full.
 
-    def __init__(self, obs_dim, act_dim):
+    obs_dim: O; or the shape of images, (height, width, 3), with dtype np.uint8. What follows says (O,) for either.
+    """
+
+    def __init__(self, obs_dim, act_dim, dtype=np.float32):
         self.num_states, self.num_transitions, self.sha256 = 0, 0, None
-        self.states, self.actions = np.zeros((1024, obs_dim), np.float32), np.zeros((1024, act_dim), np.float32)
+        self.states = np.zeros((1024, *np.atleast_1d(obs_dim)), dtype)
+        self.actions = np.zeros((1024, act_dim), np.float32)
         self.rewards, self.masks, self.mc_returns = (np.zeros(1024, np.float32) for _ in range(3))
         self.state_rows = np.zeros(1024, np.int64)
 
@@ -342,16 +347,47 @@ class Success(gym.Wrapper):
         return obs, float(reward), bool(terminated or (success and self.ends)), truncated, {**info, "success": success}
 
 
-def make_env(env_id, sparse=False, render=False):
+class ImageObservation(gym.Wrapper):
+    """The "image" of a dict observation alone, uint8, resized to (size, size, 3) by PIL's bicubic filter.
+
+    Raises InputError where observations are no Dict with such an image.
+    """
+
+    def __init__(self, env, env_id, size):
+        super().__init__(env)
+        space = env.observation_space
+        image = space.spaces.get("image") if isinstance(space, gym.spaces.Dict) else None
+        if image is None or image.dtype != np.uint8 or len(image.shape) != 3 or image.shape[2] != 3:
+            raise InputError(
+                f'--env-id {env_id}: observations {space}; expected a Dict with "image", uint8 (height, width, 3)'
+            )
+        self.size, self.observation_space = size, gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self.resize(obs["image"]), info
+
+    def step(self, action):
+        obs, *others = self.env.step(action)
+        return self.resize(obs["image"]), *others
+
+    def resize(self, image):
+        size = (self.size, self.size)
+        return image if image.shape[:2] == size else np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
+
+
+def make_env(env_id, sparse=False, render=False, image_size=0):
     """The environment `env_id`: one of POINTMAZES, of a family in envs/, or any gymnasium id (also "module:Id").
 
-    Its observations are flat (O,), dicts in the order of their space's keys; its actions (A,) are rescaled to [-1, 1];
-    it is wrapped in Success, and where rewards are sparse ends at the first one. Raises InputError for an unknown id,
-    with near misses, or for an action space that is not a bounded Box.
+    Its observations are flat (O,), dicts in the order of their space's keys, or with an image_size camera images
+    (image_size, image_size, 3) uint8; its actions (A,) are rescaled to [-1, 1]; it is wrapped in Success, and where
+    rewards are sparse ends at the first one. Raises InputError for an unknown id, with near misses, for an action space
+    that is not a bounded Box, and for images that it does not have.
     """
     try:
         if module := family_module(env_id):
-            env = module.make(env_id, render)
+            draws = image_size and hasattr(module, "make_images")
+            env = module.make_images(env_id, image_size) if draws else module.make(env_id, render)
         elif env_id in POINTMAZES:
             env = gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3])
         else:
@@ -370,7 +406,8 @@ def make_env(env_id, sparse=False, render=False):
         raise InputError(f"--env-id {env_id}: its action space is {space}; expected a bounded Box of one dimension")
     if not env.has_wrapper_attr("_max_episode_steps"):
         print(f"warning: {env_id} has no max_episode_steps: an episode that never ends hangs the run", file=sys.stderr)
-    env = Success(gym.wrappers.FlattenObservation(env), sparse)
+    env = ImageObservation(env, env_id, image_size) if image_size else gym.wrappers.FlattenObservation(env)
+    env = Success(env, sparse)
     rescaled = (space.low != -1).any() or (space.high != 1).any()
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if rescaled else env
 
@@ -391,12 +428,12 @@ DATASET_KEYS = (
 )  # the last: optional
 
 
-def dataset_file(env_id, dataset_path=""):
+def dataset_file(env_id, dataset_path="", image_size=0):
     """`dataset_path` where given, else the embedded dataset in $PARL_CACHE (~/.cache/parl), made on first use."""
     if dataset_path:
         return Path(dataset_path)
     if module := family_module(env_id):
-        return module.dataset_file(env_id)
+        return module.dataset_file(env_id, image_size) if image_size else module.dataset_file(env_id)
     if env_id not in POINTMAZES:
         raise InputError(
             f"--env-id {env_id} has no embedded dataset: expected --dataset-path FILE (.hdf5 or .npz with "
@@ -448,6 +485,8 @@ def check_dataset(data, path, env):
         where, shape = f"--dataset-path {path}: {key}", (length, *rows.get(key, ()))
         if array.dtype.kind not in "fiub":
             raise InputError(f"{where} has dtype {array.dtype}; expected numbers")
+        if key in ("observations", "next_observations") and len(shape) > 2 and array.dtype != np.uint8:
+            raise InputError(f"{where} has dtype {array.dtype}; expected images, uint8")
         if array.shape != shape:
             raise InputError(f"{where} has shape {array.shape}; expected {shape}, from rewards and the environment")
         if len(bad := np.argwhere(~np.isfinite(array))):
@@ -473,23 +512,26 @@ def split_episodes(data):
     ends[-1] = True
     if "next_observations" in data:
         next_observations, known = data["next_observations"], np.ones(len(ends), bool)
-        ends[:-1] |= np.linalg.norm(observations[1:] - next_observations[:-1], axis=1) > 1e-6
+        jumps = (observations[1:] - next_observations[:-1]).reshape(len(ends) - 1, -1)
+        ends[:-1] |= np.linalg.norm(jumps, axis=1) > 1e-6
     else:
         following, known = np.concatenate([observations[1:], observations[-1:]]), terminals | ~ends
-        next_observations = np.where(terminals[:, None], observations, following)
+        next_observations = np.where(terminals.reshape(-1, *[1] * (observations.ndim - 1)), observations, following)
     stops = np.flatnonzero(ends) + 1
     starts, stops = np.concatenate([[0], stops[:-1]]), np.where(known[stops - 1], stops, stops - 1)
     return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start], next_observations
 
 
-def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False):
+def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False, image_size=0):
     """The dataset of `env_id` as a ReplayBuffer of rewards * scale + bias; its `sha256` is the file's.
 
     The file (HDF5 or npz) has observations (N, O), actions (N, A) in the environment's own units, rewards, terminals,
     timeouts (N,), and optionally next_observations (N, O). sparse: an episode is split where the scaled
-    reward reaches 0, which is success; what follows is another. Raises InputError naming file, key and first bad index.
+    reward reaches 0, which is success; what follows is another. image_size: observations are images, (N, image_size,
+    image_size, 3) uint8. Raises InputError naming file, key and first bad index.
     """
-    path, env, module = dataset_file(env_id, dataset_path), make_env(env_id), family_module(env_id)
+    path, env = dataset_file(env_id, dataset_path, image_size), make_env(env_id, image_size=image_size)
+    module = family_module(env_id)
     data = module.read_dataset(env_id, path) if module else read_dataset(path)
     check_dataset(data, path, env)
     low, high = action_bounds(env)
@@ -507,7 +549,8 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     elif not np.any(data["terminals"]):
         hint = "no terminal anywhere: every episode counts as one cut short by a time limit"
         print(f"warning: {path}: {hint}", file=sys.stderr)
-    buffer = ReplayBuffer(env.observation_space.shape[0], env.action_space.shape[0])
+    shape = env.observation_space.shape
+    buffer = ReplayBuffer(shape, env.action_space.shape[0], np.uint8 if image_size else np.float32)
     buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     episodes, next_observations = split_episodes(data)
     if not episodes:
@@ -530,10 +573,11 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
 
     act(obs (N, O), keys) -> actions (N, A) in [-1, 1]; keys[i] = (episode seed, step) seeds what is random in row i.
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
-    success (at any step).
+    success (at any step). Observations are float32, or images as they are.
     batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number.
     """
     episodes = [{"observations": [], "steps": [], "success": False, "frames": []} for _ in seeds]
+    dtype = np.uint8 if envs[0].observation_space.dtype == np.uint8 else np.float32
     waiting = [deque(range(i, len(seeds), len(envs))) for i in range(len(envs))]  # who runs what is settled beforehand
     running = {}  # environment -> episode
     while any(waiting) or running:
@@ -541,7 +585,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
             if i not in running and waiting[i]:
                 running[i] = waiting[i].popleft()
                 episodes[running[i]]["observations"].append(env.reset(seed=int(seeds[running[i]]))[0])
-        obs = np.stack([episodes[j]["observations"][-1] for j in running.values()]).astype(np.float32)
+        obs = np.stack([episodes[j]["observations"][-1] for j in running.values()]).astype(dtype)
         keys = [(int(seeds[j]), len(episodes[j]["steps"])) for j in running.values()]
         padding = max(0, batch_size - len(obs))
         actions = act(np.concatenate([obs, obs[:1].repeat(padding, 0)]), keys + keys[:1] * padding)[: len(obs)]
@@ -560,7 +604,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
             Path(video_dir).mkdir(parents=True, exist_ok=True)
             imageio.mimwrite(Path(video_dir) / f"episode-{seed}.mp4", frames, fps=12)
         steps = zip(*episode.pop("steps"), strict=True)
-        episode["observations"] = np.stack(episode["observations"]).astype(np.float32)
+        episode["observations"] = np.stack(episode["observations"]).astype(dtype)
         episode |= {name: np.stack(values) for name, values in zip(("actions", "rewards", "masks"), steps, strict=True)}
     return episodes
 
@@ -624,17 +668,19 @@ class Run:
     config.json, checkpoint.pt and curves.png are written under another name, fsynced and renamed; a row of metrics.csv
     is one write, and rows past the checkpoint are dropped on resume. Ctrl-C and SIGTERM set a flag that is read where a
     checkpoint may be taken: after an update, online at the end of an episode and its updates.
+
+    silent: of several processes that do the same, one that reads a checkpoint but writes and prints nothing.
     """
 
-    def __init__(self, args, script, obs_dim, act_dim, generator):
+    def __init__(self, args, script, obs_dim, act_dim, generator, silent=False):
         name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%y%m%d-%H%M%S')}".translate(
             str.maketrans("/:", "--")
         )
         self.directory = Path(args.resume or args.run_dir or f"runs/{name}")
         self.identity = dict(script=script, env_id=args.env_id, obs_dim=obs_dim, act_dim=act_dim)
-        self.args, self.generator, self.kept = args, generator, {}
+        self.args, self.generator, self.kept, self.silent = args, generator, {}, silent
         self.rows, self.stop_signal, self.wandb = 0, None, None
-        self.counters = dict.fromkeys("bc offline distill env_step episode successes gradient_step".split(), 0)  # noqa: SIM905
+        self.counters = dict.fromkeys("bc warmup offline distill env_step episode successes gradient_step".split(), 0)  # noqa: SIM905
         self.counters |= {"phase": "bc", "seconds": {}}
         self.wandb_id = uuid.uuid4().hex
         self.sums, self.counts, self.lap_start, self.lap_step = {}, {}, time.perf_counter(), 0
@@ -685,7 +731,7 @@ class Run:
             if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"])
             header = (self.directory / "metrics.csv").read_text().splitlines()[: self.rows + 1]
-        if self.args.eval_only:
+        if self.args.eval_only or self.silent:
             return self.counters
         if not self.args.resume and (self.directory / "metrics.csv").exists():
             raise InputError(f"--run-dir {self.directory}: holds a run; expected a new folder, or --resume to go on")
@@ -718,6 +764,8 @@ class Run:
     def save(self):
         """Write checkpoint.pt: tensors, numbers and strings alone, for torch.load(weights_only=True)."""
         self.check_finite()
+        if self.silent:
+            return
         cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
         checkpoint = {name: item.state_dict() for name, item in self.kept.items()} | self.identity
         checkpoint |= dict(
@@ -770,8 +818,9 @@ class Run:
         if unknown := set(row) - set(COLUMNS):
             raise KeyError(f"not columns of metrics.csv: {sorted(unknown)}")
         cells = [f"{row[name]:.6g}" if isinstance(row.get(name), float) else str(row.get(name, "")) for name in COLUMNS]
-        with open(self.directory / "metrics.csv", "a") as file:
-            file.write(",".join(cells) + "\n")
+        if not self.silent:
+            with open(self.directory / "metrics.csv", "a") as file:
+                file.write(",".join(cells) + "\n")
         rates = {"optimised": row.get("eval/success_rate"), "raw policy": row.get("eval/policy_success_rate")}
         if evaluated := [f"{name} {rate:.0%}" for name, rate in rates.items() if rate is not None]:
             tqdm.write(f"{row['phase']}, update {row['gradient_step']}: success of {', '.join(evaluated)}")
@@ -788,7 +837,7 @@ class Run:
         done = self.counters
         if done[phase] < num_steps:
             done["phase"] = phase
-        with tqdm(total=num_steps, initial=done[phase], desc=phase, disable=None) as bar:
+        with tqdm(total=num_steps, initial=done[phase], desc=phase, disable=self.silent or None) as bar:
             while done[phase] < num_steps:
                 yield done[phase]
                 done[phase], done["gradient_step"] = done[phase] + 1, done["gradient_step"] + 1
@@ -803,10 +852,11 @@ class Run:
         """The online episodes that are left, as seeds for their resets. The body calls `record`; else as `steps`."""
         done, args = self.counters, self.args
         max_steps, max_episodes = (math.inf if n is None else n for n in (args.online_steps, args.online_episodes))
-        with tqdm(total=args.online_steps, initial=done["env_step"], desc="online", disable=None) as bar:
+        hide = self.silent or None
+        with tqdm(total=args.online_steps, initial=done["env_step"], desc="online", disable=hide) as bar:
             while done["env_step"] < max_steps and done["episode"] < max_episodes:
                 done["phase"] = "online"
-                yield int(np.random.SeedSequence([args.seed, 3, done["episode"]]).generate_state(1)[0])
+                yield reset_seed(args.seed, 3, done["episode"])
                 before, length = done["env_step"], self.episode["train/length"]
                 done["env_step"], done["episode"] = before + length, done["episode"] + 1
                 done["successes"] += int(self.episode["train/success"])
@@ -817,6 +867,16 @@ class Run:
                 self.check_finite()
                 self.log({**self.episode, **info(), **(evaluate() if due else {})})
                 self.save_if(True)
+
+    def warmups(self, num_episodes):
+        """The episodes before offline RL that are left, as seeds for their resets. The body calls `record`."""
+        done = self.counters
+        for index in tqdm(range(done["warmup"], num_episodes), "warmup", disable=self.silent or None):
+            done["phase"] = "warmup"
+            yield reset_seed(self.args.seed, 2, index)
+            done["warmup"] += 1
+            self.log(self.episode)
+            self.save_if(True)
 
     def save_if(self, due):
         if due or self.stop_signal:
@@ -849,6 +909,8 @@ class Run:
 
     def finish(self):
         """Draw curves.png, print the phases, close wandb."""
+        if self.silent:
+            return
         rows = read_metrics(self.directory / "metrics.csv")
         self.replace("curves.png", lambda file: plot_curves(rows).savefig(file, dpi=120))
         print(f"{'phase':<10}{'policy':<12}{'success':>8}{'steps to goal':>15}{'minutes':>9}")
@@ -859,6 +921,11 @@ class Run:
                     print(f"{phase:<10}{name:<12}{row[prefix + 'success_rate']:>8.0%}{steps:>15.1f}{minutes:>9.1f}")
         if self.wandb:
             self.try_wandb(self.wandb.finish)
+
+
+def reset_seed(seed, phase, index):
+    """Of an episode's environment, from the run's seed, the phase's number and the episode's index in it."""
+    return int(np.random.SeedSequence([seed, phase, index]).generate_state(1)[0])
 
 
 def read_metrics(path):
@@ -918,7 +985,7 @@ def main(train, args_class, presets, description):
                 raise InputError(
                     f"--resume {given.resume}: config.json is not one of this script's ({error})"
                 ) from error
-            defaults["hidden_dims"] = tuple(defaults["hidden_dims"])
+            defaults = {name: tuple(x) if isinstance(x, list) else x for name, x in defaults.items()}
         if given.online_steps or given.online_episodes:  # the one that is given counts alone
             defaults |= {"online_steps": None, "online_episodes": None}
         train(tyro.cli(args_class, default=args_class(**defaults), description=description))

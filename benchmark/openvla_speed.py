@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import openvla_model as openvla
+import parl_openvla as openvla
 
 MID_SIZE = openvla.Sizes(  # as many patches as OpenVLA-7B, its layers narrower and fewer
     dino=openvla.VisionSizes(128, 3, 4, 512, num_registers=4), siglip=openvla.VisionSizes(192, 3, 4, 768),

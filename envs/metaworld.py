@@ -95,6 +95,8 @@ IDS = tuple(f"metaworld-{task}" for task in INSTRUCTIONS)
 
 TIME_LIMIT = 200  # steps; Meta-World's is 500, but its experts, when they succeed, do so within about 160
 NUM_TRANSITIONS = 40_000  # of the embedded dataset
+IMAGE_REPEAT = 4  # with images an action lasts so many steps: an image and a large policy are slow
+NUM_IMAGE_TRANSITIONS = 2500  # of the embedded dataset with images
 CAMERA = "corner4"  # above the table's corner, facing the robot
 VIDEO_SIZE = 256  # pixels
 
@@ -119,16 +121,16 @@ def instruction(env_id):
 
 class MetaWorld(gym.Wrapper):
     """A task whose objects and goal are drawn anew at every reset, and are observed. Reward 1 at success, else 0; it
-    does not end there. info["success"] is a bool."""
+    does not end there. info["success"] is a bool. `instruction`: what to do, in words. repeat: steps per action."""
 
-    def __init__(self, task):
+    def __init__(self, task, repeat=1):
         env = ENV_CLS_MAP[f"{task}-v3"]()
         env._set_task_called, env.seeded_rand_vec = True, True  # positions come from env.np_random, not a list of tasks
         env._partially_observable = False  # the goal is observed,
         del env.sawyer_observation_space  # so the bounds cached without it must go
         super().__init__(env)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
-        self.camera = None
+        self.instruction, self.repeat, self.camera = INSTRUCTIONS[task], repeat, None
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -140,8 +142,10 @@ class MetaWorld(gym.Wrapper):
         return obs.astype(np.float32), {"success": False}
 
     def step(self, action):
-        obs, _, _, _, info = self.env.step(action)
-        success = bool(info["success"])
+        for _ in range(self.repeat):
+            obs, _, _, _, info = self.env.step(action)
+            if success := bool(info["success"]):
+                break
         return obs.astype(np.float32), float(success), False, False, {**info, "success": success}
 
     def render(self):
@@ -215,20 +219,22 @@ class Images(gym.Wrapper):
         return {"image": self.image_camera.image(), "state": obs}, *others
 
 
-def make(env_id, render=False):
-    """The environment `env_id`, with its time limit of 200 steps. render: fail now if it cannot draw.
+def make(env_id, render=False, repeat=1):
+    """The environment `env_id`, with its time limit of 200 steps. render: fail now if it cannot draw. repeat: steps
+    that an action lasts.
 
     Raises InputError for an unknown id, with near misses, and for render without OpenGL.
     """
-    env = MetaWorld(task_of(env_id))
+    env = MetaWorld(task_of(env_id), repeat)
     if render:
         opengl_context()
-    return gym.wrappers.TimeLimit(env, TIME_LIMIT)
+    return gym.wrappers.TimeLimit(env, TIME_LIMIT // repeat)
 
 
 def make_images(env_id, size):
-    """As `make`, with observations {"image": (size, size, 3) uint8, "state": (39,) float32}."""
-    return Images(make(env_id), size)
+    """As `make`, with observations {"image": (size, size, 3) uint8, "state": (39,) float32} and actions that last
+    IMAGE_REPEAT steps."""
+    return Images(make(env_id, repeat=IMAGE_REPEAT), size)
 
 
 # ======================================== DEMONSTRATIONS ========================================
@@ -242,14 +248,15 @@ def demonstrations(env_id, seed=0, image_size=0):
     early, after 20 to 100 steps.
 
     Yields dicts of observations (L + 1, 39) float32, actions (L, 4) float32, rewards (L,) and masks (L,) float32,
-    success (bool: it ends the episode), and with an image_size images (L + 1, image_size, image_size, 3) uint8.
+    success (bool: it ends the episode), and with an image_size images (L + 1, image_size, image_size, 3) uint8; there
+    an action lasts IMAGE_REPEAT steps.
     """
     task = task_of(env_id)
     env, expert = make_images(env_id, image_size) if image_size else make(env_id), ENV_POLICY_MAP[f"{task}-v3"]()
     rng, noise = np.random.default_rng(seed), 0.5
     while True:
         scale, stops_early = noise * rng.uniform(0.5, 1.5), rng.random() < 0.2
-        max_length = int(rng.integers(20, 100)) if stops_early else TIME_LIMIT
+        max_length = (int(rng.integers(20, 100)) if stops_early else TIME_LIMIT) // (IMAGE_REPEAT if image_size else 1)
         observations, actions, success = [env.reset(seed=int(rng.integers(2**31)))[0]], [], False
         while not success and len(actions) < max_length:
             state = observations[-1]["state"] if image_size else observations[-1]
@@ -276,15 +283,17 @@ def expert_action(expert, obs):
         return expert.get_action(obs)
 
 
-def generate(env_id, num_transitions, seed=0):
-    """Demonstrations of at least num_transitions steps as the arrays of `common.load_dataset`."""
+def generate(env_id, num_transitions, seed=0, image_size=0):
+    """Demonstrations of at least num_transitions steps as the arrays of `common.load_dataset`; with an image_size their
+    observations are images."""
     data = {name: [] for name in common.DATASET_KEYS}
     num_steps, successes = 0, []
     with tqdm(total=num_transitions, desc=f"making {env_id} data", unit="step", disable=None) as bar:
-        for episode in demonstrations(env_id, seed):
+        for episode in demonstrations(env_id, seed, image_size):
             ends = np.arange(len(episode["actions"])) == len(episode["actions"]) - 1
-            data["observations"].append(episode["observations"][:-1])
-            data["next_observations"].append(episode["observations"][1:])
+            observations = episode["images" if image_size else "observations"]
+            data["observations"].append(observations[:-1])
+            data["next_observations"].append(observations[1:])
             data["actions"].append(episode["actions"])
             data["rewards"].append(episode["rewards"])
             data["terminals"].append(ends & episode["success"])
@@ -298,9 +307,12 @@ def generate(env_id, num_transitions, seed=0):
     return {name: np.concatenate(values) for name, values in data.items()}
 
 
-def dataset_file(env_id):
+def dataset_file(env_id, image_size=0):
     """The demonstrations of `env_id` in $PARL_CACHE (~/.cache/parl), made on first use in about a minute."""
     task_of(env_id)
+    if image_size:
+        name = f"{env_id}-{NUM_IMAGE_TRANSITIONS}-{image_size}px-v1.npz"
+        return common.cached_file(name, lambda: generate(env_id, NUM_IMAGE_TRANSITIONS, image_size=image_size))
     return common.cached_file(f"{env_id}-{NUM_TRANSITIONS}-v1.npz", lambda: generate(env_id, NUM_TRANSITIONS))
 
 

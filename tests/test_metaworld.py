@@ -160,7 +160,7 @@ def test_images(opengl):
     red = (first[..., 0] > 2.0 * first[..., 2]) & (first[..., 0] > 100)
     assert red[:, :24].sum() > 3 * red[:, 24:].sum()  # the robot stands on the left
     env.reset(seed=0)
-    for _ in range(10):
+    for _ in range(2):
         obs, *_, info = env.step(np.array([0, 0, 1, 0], np.float32))
     assert not np.array_equal(obs["image"], first) and info["success"] is False
     rows = [np.argwhere((image.min(-1) > 240)[:, :30])[:, 0] for image in (first, obs["image"])]  # the white finger
@@ -182,10 +182,28 @@ def test_cameras_do_not_disturb_each_other(opengl):
 
 def test_demonstrations_with_images(opengl):
     with_images = next(metaworld.demonstrations(PICK, image_size=16))
-    without = next(metaworld.demonstrations(PICK))
+    again = next(metaworld.demonstrations(PICK, image_size=8))
     assert with_images["images"].shape == (len(with_images["actions"]) + 1, 16, 16, 3)
-    assert all(np.array_equal(with_images[key], value) for key, value in without.items())
+    assert all(np.array_equal(with_images[key], value) for key, value in again.items() if key != "images")
     assert not np.array_equal(with_images["images"][0], with_images["images"][-1])
+
+
+def test_with_images_an_action_lasts_four_steps(opengl):
+    """Time limit, observations and success are those of four steps of the environment without images."""
+    env, plain, expert = metaworld.make_images(DRAWER, 8), metaworld.make(DRAWER), ENV_POLICY_MAP["drawer-open-v3"]()
+    obs, state, success = env.reset(seed=0)[0], plain.reset(seed=0)[0], False
+    while not success:
+        assert np.array_equal(obs["state"], state)
+        action = np.clip(metaworld.expert_action(expert, state), -1, 1).astype(np.float32)
+        obs, reward, *_, info = env.step(action)
+        for _ in range(4):
+            state, *_, plain_info = plain.step(action)
+            if success := plain_info["success"]:
+                break
+        assert info["success"] == success and reward == success
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(4, np.float32))[3] for _ in range(50)]
+    assert ends[-1] and not any(ends[:-1])
 
 
 def test_missing_opengl_is_one_line_that_names_the_packages(monkeypatch):

@@ -18,7 +18,8 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-import openvla_model as openvla
+import common
+import parl_openvla as openvla
 from common import InputError
 
 GOLDEN_SIZES = openvla.Sizes(
@@ -491,6 +492,94 @@ def test_adapters_alone_load_and_merge(folder, data, obs, tmp_path):
         for name in before:
             layer = name.removesuffix(".weight")
             assert torch.equal(before[name], after[name]) == (f"{layer}.lora_a" not in load_file(path)), name
+
+
+def test_readme_recipe_merges_adapters(folder, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:] if "merge_adapters" in block]
+    assert len(code.strip().splitlines()) <= 10
+    openvla.save_adapters(load(folder, lora_rank=2), tmp_path / "adapters.safetensors")
+    for name, path in [
+        ("openvla/openvla-7b", folder),
+        ("runs/X/adapters.safetensors", tmp_path / "adapters.safetensors"),
+        ("openvla-7b-improved", tmp_path / "merged"),
+    ]:
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', f'"{path}"')
+    exec(code, {})
+    assert load(tmp_path / "merged").statistics["q01"] == STATISTICS["q01"]
+
+
+AUTONOMOUS = [
+    *("--bc-steps", 9, "--offline-steps", 2, "--online-episodes", 1, "--batch-size", 2, "--num-eval-episodes", 1),
+    *("--eval-every", 4, "--log-every", 1, "--hidden-dims", 8, "--encoder-widths", 4, "--critic-image-size", 16),
+    *("--ensemble-size", 1, "--num-samples", 2, "--num-keep", 2, "--num-gradient-steps", 1, "--num-threads", 1),
+    *("--unnorm-key", "bridge", "--dtype", "float32", "--lora-rank", 2, "--distill-lr", 1e-2, "--bc-lr", 1e-2),
+]
+
+
+def start(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["parl_openvla", *map(str, [*AUTONOMOUS, *flags])])
+    common.main(openvla.train, openvla.Args, openvla.PRESETS, openvla.__doc__)
+
+
+def test_a_checkpoint_improves_from_its_own_trials(folder, tmp_path, monkeypatch):
+    """The autonomous recipe: no dataset, no cloning; trials of the policy as it is, offline RL on them, online."""
+    flags = ["--checkpoint", folder, "--env-id", "pixels:Dot7-v0", "--run-dir", tmp_path / "run"]
+    start(monkeypatch, *flags, "--warmup-episodes", 2)
+    rows = common.read_metrics(tmp_path / "run" / "metrics.csv")
+    assert [row["phase"] for row in rows] == ["warmup", "warmup", "offline", "offline", "online"]
+    assert all("train/length" in row and "critic/loss" not in row for row in rows[:2])
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert len(saved["online"]["actions"]) == sum(row.get("train/length", 0) for row in rows)
+    assert saved["online"]["actions"].abs().max() > 0.5  # in the tokens' units, not the environment's of 0.04
+    assert saved["online"]["states"].shape[1:] == (224, 224, 3)
+    assert all("lora_" in name for name in saved["policy"])  # the 7B weights stay in their own files
+    adapters, again = tmp_path / "run" / "adapters.safetensors", load(folder, lora_rank=2)
+    openvla.load_adapters(again, adapters)
+    for name, value in saved["policy_ema"].items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert any(value.any() for name, value in saved["policy_ema"].items() if name.endswith("lora_b"))
+    with pytest.raises(SystemExit, match="holds a run"):
+        start(monkeypatch, *flags, "--warmup-episodes", 2)
+
+
+def test_the_average_of_a_released_policy_shares_its_weights(folder):
+    policy = load(folder, lora_rank=2)
+    twin = copy.deepcopy(policy, {id(weight): weight for weight in policy.frozen().values()})
+    assert twin.projector.fc1.weight is policy.projector.fc1.weight
+    assert twin.projector.fc1.lora_a is not policy.projector.fc1.lora_a
+    policy.projector.fc1.lora_b.data.fill_(1.0)
+    twin.load_state_dict(policy.state_dict())
+    assert twin.projector.fc1.lora_b.min() == 1 and policy.state_dict().keys() == twin.state_dict().keys()
+
+
+def test_a_datasets_actions_are_cloned_in_the_tokens_units(folder, tmp_path, monkeypatch):
+    data = {"observations": np.zeros((6, 224, 224, 3), np.uint8), "actions": np.full((6, 7), 0.02)}
+    data |= {"rewards": np.arange(6) == 5, "terminals": np.arange(6) == 5, "timeouts": np.zeros(6, bool)}
+    np.savez(tmp_path / "data.npz", **data)
+    cloned, update = [], openvla.update_policy
+    monkeypatch.setattr(openvla, "update_policy", lambda *all: cloned.append(all[4]) or update(*all))
+    flags = ["--checkpoint", folder, "--env-id", "pixels:Dot7-v0", "--dataset-path", tmp_path / "data.npz"]
+    start(
+        monkeypatch, *flags, "--bc-steps", 1, "--offline-steps", 0, "--online-episodes", 0, "--run-dir", tmp_path / "r"
+    )
+    low, high = np.array(STATISTICS["q01"]), np.array(STATISTICS["q99"])
+    expected = np.where(STATISTICS["mask"], 2 * (0.02 - low) / (high - low) - 1, 0.02)
+    close(cloned[0], np.tile(expected, (2, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--env-id", "pixels:Dot-v0"], "7 dimensions; expected the environment's 2"),
+        (["--unnorm-key", "mars"], "--unnorm-key mars: expected one of bridge, other"),
+        (["--instruction", "up " * 2000], "--instruction 'up .*: the prompt has"),
+    ],
+)
+def test_bad_input_with_a_checkpoint(folder, flags, message, monkeypatch):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        start(monkeypatch, "--checkpoint", folder, "--env-id", "pixels:Dot7-v0", "--warmup-episodes", 1, *flags)
 
 
 def test_bad_adapters(folder, tmp_path):

@@ -1,0 +1,1396 @@
+"""PA-RL in one file: offline RL and online fine-tuning of a policy that is never differentiated through its critic.
+
+Policy-Agnostic RL (Mark et al., 2024, https://arxiv.org/abs/2412.06685) improves any policy that can be sampled and
+cloned. A critic is learned with Cal-QL (Nakamoto et al., 2023). Wherever an actor-critic method would want a better
+action than the policy's, PA-RL makes one:
+
+    1. sample     K actions from the policy
+    2. re-rank    keep the M that the critic values most                              (global optimisation)
+    3. ascend     move each kept action T steps up the critic's action gradient       (local optimisation)
+    4. choose     the best for the TD target, for acting and evaluation; a softmax draw for the policy to learn from
+    5. distil     the policy's own supervised loss on the chosen action: no gradient passes from critic to policy
+
+in three phases: behaviour cloning, or with --warmup-episodes trials of a released policy as it is; offline RL (the
+critic learns, the policy is frozen); online fine-tuning (collect an episode with optimised actions, distil, update the
+critic). The algorithm asks two things of a policy: `sample`, `loss`.
+
+    symbol  name                 meaning                           shape letters
+    K       num_samples          actions drawn per state           B  batch of states   N  any number of actions per one
+    M       num_keep             kept after re-ranking             O  width of the critic's encoding of an image
+    T       num_gradient_steps   local optimisation steps          A  action dimensions
+    alpha   action_lr            their step size                   P  positions of the prefix: image and prompt, padded
+    E       ensemble_size        critics, a batch dimension        L  any number of positions
+    R       targets_per_image    actions distilled per image       W  width of a layer, D of an attention head
+
+The policy here is OpenVLA-7B (Kim et al., 2024, https://arxiv.org/abs/2406.09246): two vision transformers see the
+image, a projector turns their patches into words, and Llama 2 reads them with the instruction and writes one token per
+action dimension. The whole model is here in plain PyTorch, under the names of the released checkpoint, so that its
+files load as they are; LoRA trains it. Against parl_transformer.py, where images, language and 7B parameters force it:
+
+    Args, PRESETS         the checkpoint, LoRA, the critic's encoder; no observation normaliser
+    POLICY                OpenVLA, and the files of a checkpoint and of adapters
+    CRITIC                an image encoder before the ensemble; the action enters every layer
+    ACTION OPTIMISATION   `act` encodes the image, once per state; samples, slow to draw, are kept in a SampleStore
+    LOSSES                `update_critic` shifts and encodes images; `update_policy` averages gradients over GPUs
+    TRAIN                 images, instruction, warm-up trials, several GPUs with torchrun
+
+    python parl_openvla.py    # a tiny model of the same classes on Meta-World, on a laptop CPU; see README.md
+    python parl_openvla.py --checkpoint openvla/openvla-7b --env-id my_robot:Reach-v0 --warmup-episodes 50
+"""
+
+import copy
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch.utils.checkpoint import checkpoint
+
+import common
+from common import InputError
+
+
+@dataclass
+class Args:
+    """Defaults are the paper's for OpenVLA where it has them; PRESETS holds what a family changes; a flag wins."""
+
+    env_id: str = "metaworld-handle-press"  # any metaworld-*, or gymnasium id whose observations have an "image"
+    instruction: str = ""  # what the policy is told; empty: the environment's
+    dataset_path: str = ""  # .hdf5 or .npz: observations (images), actions, rewards, terminals, timeouts
+    policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
+    seed: int = 0  # of everything random but the embedded data
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
+    num_threads: int = 0  # CPU threads of torch; 0: all cores. Small networks are fastest with 1
+    compile: bool = False  # torch.compile the critic's update
+    # phases
+    warmup_episodes: int = 0  # trials of the policy as it is, in place of a dataset and cloning
+    bc_steps: int = 10_000  # gradient steps of behaviour cloning
+    offline_steps: int = 10_000  # critic updates of offline RL; 0: pure online
+    online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
+    online_episodes: int | None = 100  # episodes of fine-tuning; with --online-steps given too, whichever comes first
+    batch_size: int = 16  # transitions per update (B)
+    # rewards: learned from as reward * scale + bias
+    discount: float = 0.99  # gamma, per environment step
+    reward_scale: float = 1.0  # see above
+    reward_bias: float = -1.0  # see above
+    sparse_reward: bool = True  # success ends the episode and alone pays, 1; --no-sparse-reward: the environment's
+    # critic
+    target_rate: float = 0.005  # share of the critic that enters its target per update
+    critic_lr: float = 3e-4  # Adam
+    hidden_dims: tuple[int, ...] = (512, 512, 512)  # widths of the critic's hidden layers
+    critic_image_size: int = 100  # pixels, as in the released code
+    encoder_widths: tuple[int, ...] = (32, 64, 128, 128)  # channels of the critic's encoder, each at half the size
+    encoding_width: int = 256  # of an image (O)
+    augment_pixels: int = 4  # the critic's training images are moved by up to so many of its pixels; 0: they are not
+    ensemble_size: int = 10  # critics (E)
+    critic_subset: int = 2  # members drawn for the TD target's minimum, and again for CQL
+    num_bins: int = 0  # bins of the value distribution (HL-Gauss); 0: scalar values, squared error
+    q_min: float | None = None  # lowest value; None: min(r, 0) / (1 - discount) over the data
+    q_max: float | None = None  # highest value; None: max(r, 0) / (1 - discount) over the data, 0 for sparse rewards
+    cql_weight: float = 0.01  # weight of the CQL term
+    cql_n_actions: int = 4  # uniform actions in it, and how often each policy action counts (n)
+    # action optimisation
+    num_samples: int = 8  # actions drawn from the policy per state (K)
+    num_keep: int = 4  # of which the critic keeps the best (M)
+    num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
+    action_lr: float = 3e-4  # their step size (alpha)
+    refresh_states: int = (
+        1000  # at so many states samples are drawn again after an episode's distillation, oldest first
+    )
+    # online fine-tuning
+    policy_utd: int = 1  # distillation steps per environment step
+    critic_utd: int = 1  # critic updates per environment step
+    offline_ratio: float = 0.5  # share of a critic batch from the dataset; 0: it leaves distillation batches as well
+    offline_distill_steps: int = 0  # distillation at the end of offline RL, for a policy that acts without a critic
+    distill_argmax: bool = False  # distil the best candidate instead of a draw from softmax(Q)
+    # evaluation, files
+    num_eval_episodes: int = 50  # per evaluation and policy, on fixed seeds
+    eval_every: int = 50_000  # gradient steps (online: environment steps) between evaluations
+    log_every: int = 1000  # gradient steps between rows of metrics.csv; online: every episode
+    run_dir: str = ""  # default: runs/{env_id}__{script}__{seed}__{time}
+    resume: str = ""  # continue the run in this directory, with its flags
+    eval_only: bool = False  # with --resume: evaluate and stop
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project: str = "parl"  # see --track
+    wandb_entity: str | None = None  # see --track
+    capture_video: bool = False  # write three episodes of each evaluation to videos/
+    # policy
+    checkpoint: str = ""  # a folder, or a name on the Hugging Face hub (openvla/openvla-7b); empty: a tiny new model
+    unnorm_key: str = ""  # whose action statistics in the checkpoint to use; needed where it has several
+    bc_lr: float = 2e-5  # Adam in behaviour cloning, cosine to 0
+    distill_lr: float = 2e-5  # Adam in distillation
+    policy_warmup_steps: int = 0  # linear warm-up of either, at most 10 % of the phase
+    policy_ema_rate: float = 1.0  # share of the policy that enters its running average per step; 1: no averaging
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of a checkpoint's weights; what LoRA adds is float32
+    lora_rank: int = 32  # of what is trained beside a checkpoint's weights; 0, or without one: train every weight
+    lora_alpha: float = 16.0  # it is scaled by alpha / rank
+    gradient_checkpointing: bool = False  # compute each block again in the backward pass: less memory, a third slower
+    targets_per_image: int = 1  # actions distilled per image, behind one prefix (R)
+    images_per_forward: int = 16  # images sampled from at a time
+
+
+# What a family of environments changes, here for the tiny model. A flag on the command line wins over all of it.
+PRESETS = {
+    "metaworld": dict(
+        discount=0.95, num_threads=1, eval_every=2000, log_every=50, num_eval_episodes=20,
+        bc_steps=800, offline_steps=800, online_steps=600, online_episodes=None, batch_size=32,
+        hidden_dims=(128, 128), ensemble_size=2, num_bins=64, critic_lr=1e-3, target_rate=0.02, cql_weight=0.1,
+        critic_image_size=32, encoder_widths=(16, 32, 32), encoding_width=32, augment_pixels=2,
+        num_keep=3, num_gradient_steps=3, action_lr=5e-3, refresh_states=200,
+        bc_lr=1e-3, distill_lr=3e-4, policy_warmup_steps=100, policy_ema_rate=0.01,
+    ),
+}  # fmt: skip
+
+
+# ======================================== POLICY ========================================
+
+
+@dataclass(frozen=True)
+class VisionSizes:
+    """A vision transformer. Its `num_blocks` are one fewer than the checkpoint's: the last block is not used."""
+
+    width: int
+    num_blocks: int
+    num_heads: int
+    mlp_width: int
+    num_registers: int = 0  # DINOv2: a CLS token and registers before the patches, LayerScale; 0: SigLIP, neither
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The defaults are OpenVLA-7B's. Those of its language model are LlamaConfig's: config.json leaves them out."""
+
+    dino: VisionSizes = VisionSizes(1024, 23, 16, 4096, num_registers=4)
+    siglip: VisionSizes = VisionSizes(1152, 26, 16, 4304)
+    image_size: int = 224  # pixels
+    patch_size: int = 14
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    intermediate_size: int = 11008
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    vocab_size: int = 32064
+    pad_to_multiple_of: int = 64  # so many rows at the end of the vocabulary are padding; the actions come before them
+    space_token: int = 29871  # the prompt ends with it
+
+
+OPENVLA_7B = Sizes()
+TINY = Sizes(  # tokens are bytes, then 256 actions, then padding
+    dino=VisionSizes(48, 2, 4, 192, num_registers=4), siglip=VisionSizes(48, 2, 4, 192),
+    image_size=64, patch_size=16, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=176,
+    vocab_size=576, space_token=32,
+)  # fmt: skip
+
+PROMPT = "In: What action should the robot take to {}?\nOut:"
+BOS, EOS, ACTION_BINS = 1, 2, 256
+EDGES = np.linspace(-1, 1, ACTION_BINS)  # of the intervals that action tokens stand for
+DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SigLIP: 0.5 and 0.5
+
+
+def draw(probs, uniform):
+    """Draws from probs (R, bins), N per row: uniform (R, N) in [0, 1] -> the first indices (R, N) at which the sum of
+    probabilities exceeds it."""
+    return torch.searchsorted(probs.cumsum(-1), uniform.contiguous(), right=True).clamp(max=probs.shape[-1] - 1)
+
+
+class Linear(nn.Linear):
+    """W x + b and, once `add_lora` was called, (alpha / r) B A x of rank r (LoRA; Hu et al., 2021)."""
+
+    def __init__(self, inputs, outputs, bias=True):
+        super().__init__(inputs, outputs, bias)
+        self.lora_a = self.lora_b = None
+
+    def add_lora(self, rank, alpha):
+        """A (r, inputs) is normal with standard deviation 1 / r, B (outputs, r) is 0: nothing changes yet."""
+        self.lora_scale = alpha / rank
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, device=self.weight.device) / rank)
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.lora_a is None:
+            return y
+        low = F.linear(x, self.lora_a.to(x.dtype))  # (..., r)
+        return y + self.lora_scale * F.linear(low, self.lora_b.to(x.dtype))
+
+
+def run_blocks(blocks, h, *inputs, checkpointing):
+    """h through the blocks one after the other; with checkpointing, keeping only each one's input for the gradient."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            h = checkpoint(block, h, *inputs, use_reentrant=False)
+        else:
+            h = block(h, *inputs)
+    return h
+
+
+class VisionBlock(nn.Module):
+    """A pre-LayerNorm transformer block (ViT; Dosovitskiy et al., 2021), with LayerScale in DINOv2."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        width, self.num_heads = sizes.width, sizes.num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": Linear(width, 3 * width), "proj": Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": Linear(width, sizes.mlp_width), "fc2": Linear(sizes.mlp_width, width)})
+        if sizes.num_registers:
+            self.ls1 = nn.ParameterDict({"scale_factor": torch.ones(width)})
+            self.ls2 = nn.ParameterDict({"scale_factor": torch.ones(width)})
+
+    def forward(self, h):  # (B, L, W) -> (B, L, W)
+        qkv = self.attn["qkv"](self.norm1(h)).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, heads, D)
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, L, D)
+        mixed = self.attn["proj"](mixed.transpose(1, 2).flatten(2))  # (B, L, W)
+        h = h + (mixed * self.ls1["scale_factor"] if hasattr(self, "ls1") else mixed)
+        mixed = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(h))))
+        return h + (mixed * self.ls2["scale_factor"] if hasattr(self, "ls2") else mixed)
+
+
+class VisionTransformer(nn.Module):
+    """DINOv2 with registers (Oquab et al., 2023; Darcet et al., 2023) or SigLIP (Zhai et al., 2023), up to the block
+    before the last, without the final norm: pixels (B, 3, size, size) -> patches (B, patches, W)."""
+
+    def __init__(self, sizes, image_size, patch_size, checkpointing):
+        super().__init__()
+        self.checkpointing, self.num_skipped = checkpointing, 0
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, sizes.width, patch_size, patch_size)})
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (image_size // patch_size) ** 2, sizes.width))
+        if sizes.num_registers:
+            self.num_skipped = 1 + sizes.num_registers
+            self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, sizes.width))
+            self.reg_token = nn.Parameter(0.02 * torch.randn(1, sizes.num_registers, sizes.width))
+        self.blocks = nn.ModuleList(VisionBlock(sizes) for _ in range(sizes.num_blocks))
+
+    def forward(self, pixels):
+        h = self.patch_embed["proj"](pixels).flatten(2).mT + self.pos_embed  # (B, patches, W)
+        if self.num_skipped:  # CLS and registers have no position
+            h = torch.cat([x.expand(len(h), -1, -1) for x in (self.cls_token, self.reg_token)] + [h], 1)
+        return run_blocks(self.blocks, h, checkpointing=self.checkpointing)[:, self.num_skipped :]
+
+
+class Projector(nn.Module):
+    """The patches of both vision transformers, side by side, as words: (B, patches, inputs) -> (B, patches, W)."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = Linear(inputs, 4 * inputs), Linear(4 * inputs, width), Linear(width, width)
+
+    def forward(self, patches):
+        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(patches)))))
+
+
+def rotation(positions, head_width, theta):
+    """Rotary embedding (Su et al., 2021): positions (B, L) -> cos, sin, each (B, 1, L, D), of the angles by which the
+    halves of queries and keys turn into each other."""
+    frequencies = theta ** -(torch.arange(0, head_width, 2, device=positions.device).float() / head_width)  # (D / 2,)
+    angles = (positions[:, None, :, None] * frequencies).repeat(1, 1, 1, 2)  # (B, 1, L, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):  # (B, heads, L, D) -> (B, heads, L, D)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class LlamaLayer(nn.Module):
+    """Llama's block (Touvron et al., 2023): rotary self-attention, then a gated MLP, each behind an RMSNorm."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        width, inner, self.num_heads = sizes.hidden_size, sizes.intermediate_size, sizes.num_attention_heads
+        names = [f"{letter}_proj" for letter in "qkvo"]
+        self.self_attn = nn.ModuleDict({name: Linear(width, width, bias=False) for name in names})
+        self.mlp = nn.ModuleDict({name: Linear(width, inner, bias=False) for name in ("gate_proj", "up_proj")})
+        self.mlp["down_proj"] = Linear(inner, width, bias=False)
+        self.input_layernorm = nn.RMSNorm(width, eps=sizes.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=sizes.rms_norm_eps)
+
+    def forward(self, h, cos, sin, mask=None, cache=None, start=0):
+        """h (B, L, W), the positions from `start` -> h (B, L, W).
+
+        The last S of them see the keys that mask (B, 1, S, start + L) allows; those before are the prefix, in which
+        each sees itself and what is before it. cache (2, B, heads, >= start + L, D): keys and values of the positions
+        before `start`, to which those of h are added in place.
+        """
+        x = self.input_layernorm(h)
+        q, k, v = (
+            self.self_attn[f"{name}_proj"](x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for name in "qkv"
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, heads, L, D)
+        if cache is not None:
+            stop = start + h.shape[1]
+            cache[0, :, :, start:stop], cache[1, :, :, start:stop] = k, v
+            k, v = cache[:, :, :, :stop]
+        mixed = self.attend(q, k, v, mask)
+        h = h + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
+        x = self.post_attention_layernorm(h)
+        return h + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
+
+    @staticmethod
+    def attend(q, k, v, mask):
+        num_prefix, parts = q.shape[2] - (0 if mask is None else mask.shape[2]), []
+        if num_prefix:
+            prefix = (x[:, :, :num_prefix] for x in (q, k, v))
+            parts.append(F.scaled_dot_product_attention(*prefix, is_causal=True))
+        if mask is not None:
+            parts.append(F.scaled_dot_product_attention(q[:, :, num_prefix:], k, v, attn_mask=mask))
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def suffix_mask(lengths, prefix_length, num_suffixes, num_steps):
+    """What R suffixes of T steps behind one prefix see: all of the prefix but its padding, and of their own suffix
+    themselves and what is before. Suffixes lie step by step: step t of suffix r is position P + t R + r.
+
+    lengths (B,), of the prefix without padding -> (B, 1, T R, P + T R), True where seen.
+    """
+    positions = torch.arange(num_steps * num_suffixes, device=lengths.device)
+    step, suffix = positions // num_suffixes, positions % num_suffixes
+    own = (suffix[:, None] == suffix) & (step[:, None] >= step)  # (T R, T R)
+    prefix = torch.arange(prefix_length, device=lengths.device) < lengths[:, None]  # (B, P)
+    prefix = prefix[:, None, None].expand(-1, 1, len(positions), -1)
+    return torch.cat([prefix, own.expand(len(lengths), 1, -1, -1)], -1)
+
+
+class OpenVLAPolicy(nn.Module):
+    """OpenVLA. An observation is {"image": uint8 (B, height, width, 3), "instruction": B strings}.
+
+    Actions are in [-1, 1], the units of the tokens; `unnormalize` turns them into the environment's.
+    act_dim: A. sizes: the model's. statistics: {"q01": (A,), "q99": (A,), "mask": (A,)} of the environment's actions,
+    None where they are in [-1, 1] already. tokenizer: of the `tokenizers` package; None: a token is a byte.
+    """
+
+    def __init__(self, act_dim, args, sizes=TINY, statistics=None, tokenizer=None):
+        super().__init__()
+        self.act_dim, self.sizes, self.tokenizer = act_dim, sizes, tokenizer
+        self.statistics = statistics or {"q01": [-1] * act_dim, "q99": [1] * act_dim, "mask": [False] * act_dim}
+        self.checkpointing, self.images_per_forward = args.gradient_checkpointing, args.images_per_forward
+        self.last_action = sizes.vocab_size - sizes.pad_to_multiple_of  # action tokens are the 256 before this one
+        width, image = sizes.hidden_size, (sizes.image_size, sizes.patch_size, args.gradient_checkpointing)
+        self.vision_backbone = nn.ModuleDict(
+            {
+                "featurizer": VisionTransformer(sizes.dino, *image),
+                "fused_featurizer": VisionTransformer(sizes.siglip, *image),
+            }
+        )
+        self.projector = Projector(sizes.dino.width + sizes.siglip.width, width)
+        model = {
+            "embed_tokens": nn.Embedding(sizes.vocab_size, width),
+            "layers": nn.ModuleList(LlamaLayer(sizes) for _ in range(sizes.num_hidden_layers)),
+            "norm": nn.RMSNorm(width, eps=sizes.rms_norm_eps),
+        }
+        nn.init.normal_(model["embed_tokens"].weight, std=0.02)
+        head = nn.Linear(width, sizes.vocab_size, bias=False)
+        self.language_model = nn.ModuleDict({"model": nn.ModuleDict(model), "lm_head": head})
+
+    @property
+    def device(self):
+        return self.projector.fc1.weight.device
+
+    def add_lora(self, rank, alpha):
+        """Freeze every weight and train LoRA on the linear layers: of vision, projector and Llama, not its head."""
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.add_lora(rank, alpha)
+
+    def frozen(self):
+        return {name: value for name, value in self.named_parameters() if not value.requires_grad}
+
+    def state_dict(self):
+        """What is trained: with LoRA that alone, the frozen weights being in the checkpoint's own files."""
+        return {name: value.detach() for name, value in self.named_parameters() if value.requires_grad}
+
+    def load_state_dict(self, state, **options):
+        return super().load_state_dict({**self.frozen(), **state}, **options)
+
+    def pixels(self, images):
+        """images (B, height, width, 3) uint8 -> (B, 6, size, size) as both vision transformers were trained on.
+
+        PIL's bicubic filter straight to the square size is the official processor's; torch's differs.
+        """
+        size, images = self.sizes.image_size, torch.as_tensor(images)
+        if images.shape[1:3] != (size, size):
+            resized = (Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in images.cpu().numpy())
+            images = torch.from_numpy(np.stack([np.asarray(x) for x in resized]))
+        x = images.to(self.device).permute(0, 3, 1, 2).float() / 255  # (B, 3, size, size)
+        mean, std = (torch.tensor(value, device=x.device)[:, None, None] for value in (DINO_MEAN, DINO_STD))
+        return torch.cat([(x - mean) / std, (x - 0.5) / 0.5], 1).to(self.projector.fc1.weight.dtype)
+
+    def prompt(self, instruction):
+        """The prompt's tokens, a list. Raises InputError where they and an action do not fit the model."""
+        text = PROMPT.format(instruction.lower())
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids if self.tokenizer else list(text.encode())
+        ids = [BOS, *ids, self.sizes.space_token]
+        num_patches = self.vision_backbone["featurizer"].pos_embed.shape[1]
+        limit = self.sizes.max_position_embeddings - num_patches - self.act_dim
+        if len(ids) > limit:
+            raise InputError(
+                f"--instruction {instruction[:30]!r}...: the prompt has {len(ids)} tokens; expected up to {limit}"
+            )
+        return ids
+
+    def prefix(self, obs):
+        """BOS, the image's patches, the rest of the prompt, padding to the batch's longest: observations ->
+        embeddings (B, P, W), lengths (B,) without the padding."""
+        prompts = [self.prompt(instruction) for instruction in obs["instruction"]]
+        lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
+        ids = torch.full((len(prompts), max(map(len, prompts))), self.last_action)  # the first padding row
+        for row, tokens in zip(ids, prompts, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        pixels, vision = self.pixels(obs["image"]), self.vision_backbone
+        patches = [vision["featurizer"](pixels[:, :3]), vision["fused_featurizer"](pixels[:, 3:])]
+        patches = self.projector(torch.cat(patches, -1))  # (B, patches, W)
+        words = self.language_model["model"]["embed_tokens"](ids.to(self.device))
+        return torch.cat([words[:, :1], patches, words[:, 1:]], 1), lengths + patches.shape[1]
+
+    def read(self, h, positions, mask=None, caches=None, start=0):
+        """Llama's layers: h (B, L, W), positions (B or 1, L) -> h (B, L, W). See LlamaLayer."""
+        head_width = self.sizes.hidden_size // self.sizes.num_attention_heads
+        turn = [x.to(h.dtype) for x in rotation(positions, head_width, self.sizes.rope_theta)]
+        layers = self.language_model["model"]["layers"]
+        if caches is None:
+            return run_blocks(layers, h, *turn, mask, checkpointing=self.checkpointing)
+        for layer, cache in zip(layers, caches, strict=True):
+            h = layer(h, *turn, mask, cache, start)
+        return h
+
+    @torch.no_grad()
+    def sample(self, obs, num_samples, seeds=None):
+        """Observations -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i]."""
+        shape = (len(obs["instruction"]), num_samples, self.act_dim)
+        uniform = torch.special.ndtr(common.seeded_normal(shape, seeds, self.device))
+        tokens = []
+        for start in range(0, len(uniform), self.images_per_forward):
+            rows = slice(start, start + self.images_per_forward)
+            tokens.append(self.sample_tokens({name: value[rows] for name, value in obs.items()}, uniform[rows]))
+        return self.detokenize(torch.cat(tokens))
+
+    def sample_tokens(self, obs, uniform):
+        """One dimension after the other; uniform (B, K, A) in [0, 1] decides -> tokens (B, K, A).
+
+        The image and the prompt are read once: the K samples are K queries against the prefix's one set of keys and
+        values, and each against its own few.
+        NOTE(differs): OpenVLA draws among the 256 action tokens (released: among all tokens).
+        """
+        (B, K, A), sizes = uniform.shape, self.sizes
+        first, model = self.last_action - ACTION_BINS, self.language_model["model"]
+        action_rows = self.language_model["lm_head"].weight[first : self.last_action]  # (256, W)
+        h, lengths = self.prefix(obs)
+        P, head_width = h.shape[1], sizes.hidden_size // sizes.num_attention_heads
+        cache_shape = (2, B, sizes.num_attention_heads, P + K * (A - 1), head_width)
+        caches = [h.new_empty(cache_shape) for _ in model["layers"]]
+        mask = suffix_mask(lengths, P, K, A - 1)
+        h = self.read(h, torch.arange(P, device=h.device)[None], caches=caches)
+        h, tokens = (
+            h[torch.arange(B, device=h.device), lengths - 1][:, None],
+            [],
+        )  # (B, 1, W): what all samples have read
+        for d in range(A):
+            probs = torch.softmax(F.linear(model["norm"](h), action_rows).float(), -1)  # (B, 1 or K, 256)
+            probs = probs.expand(B, K, -1).flatten(0, 1)
+            token = draw(probs, uniform[:, :, d].reshape(-1, 1)).view(B, K) + first
+            tokens.append(token)
+            if d < A - 1:
+                start, stop = d * K, (d + 1) * K
+                positions = (lengths + d)[:, None].expand(B, K)
+                seen = mask[:, :, start:stop, : P + stop]
+                h = self.read(model["embed_tokens"](token), positions, seen, caches, P + start)  # (B, K, W)
+        return torch.stack(tokens, -1)
+
+    def loss(self, obs, actions):
+        """Cross-entropy of the action's tokens and the end of the sentence, a mean over all: observations, actions
+        (B, A), or (B, R, A) for R targets per image behind one prefix -> scalar."""
+        tokens = self.tokenize(actions).view(len(actions), -1, self.act_dim).to(self.device)  # (B, R, A)
+        model, (B, R, A) = self.language_model["model"], tokens.shape
+        h, lengths = self.prefix(obs)
+        P = h.shape[1]
+        h = torch.cat([h, model["embed_tokens"](tokens.mT.flatten(1))], 1)  # (B, P + A R, W), step by step
+        steps = torch.arange(A, device=h.device).repeat_interleave(R)
+        positions = torch.cat([torch.arange(P, device=h.device).expand(B, P), lengths[:, None] + steps], 1)
+        h = self.read(h, positions, suffix_mask(lengths, P, R, A))
+        first = h[torch.arange(B, device=h.device), lengths - 1][:, None]  # predicts the first token of each target
+        first = first.expand(-1, R, -1)
+        logits = self.language_model["lm_head"](model["norm"](torch.cat([first, h[:, P:]], 1)))  # (B, (A + 1) R, vocab)
+        targets = F.pad(tokens, (0, 1), value=EOS).mT.flatten(1)  # (B, (A + 1) R)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def tokenize(self, actions):
+        """actions (..., A) in [-1, 1] -> tokens (..., A): the higher the action, the lower its token."""
+        edges = torch.from_numpy(EDGES).to(actions.device)
+        return self.last_action - torch.bucketize(actions.double().clamp(-1, 1), edges, right=True)
+
+    def detokenize(self, tokens):
+        """tokens (..., A) -> actions (..., A): the centres of 255 intervals; the lowest token shares the next one's."""
+        centres = torch.tensor((EDGES[:-1] + EDGES[1:]) / 2, dtype=torch.float32, device=tokens.device)
+        return centres[(self.last_action - tokens - 1).clamp(0, len(centres) - 1)]
+
+    def unnormalize(self, actions):
+        """Arrays (..., A) in [-1, 1] -> the environment's units: [q01, q99], or as they are where mask is False."""
+        low, high = np.array(self.statistics["q01"]), np.array(self.statistics["q99"])
+        return np.where(self.statistics["mask"], 0.5 * (actions + 1) * (high - low) + low, actions)
+
+    def normalize(self, actions):
+        """Arrays (..., A) in the environment's units -> [-1, 1]: the inverse of `unnormalize`, clipped."""
+        low, high = np.array(self.statistics["q01"]), np.array(self.statistics["q99"])
+        scaled = 2 * (actions - low) / (high - low + 1e-8) - 1
+        return np.where(self.statistics["mask"], scaled, actions).clip(-1, 1)
+
+
+# ---------------------------------------- the policy's files ----------------------------------------
+
+
+def load_policy(act_dim, args, device):
+    """The policy of --checkpoint on `device`, or a tiny new one. Raises InputError naming the file or tensor."""
+    if not args.checkpoint:
+        return OpenVLAPolicy(act_dim, args).to(device)
+    folder = checkpoint_folder(args.checkpoint)
+    sizes, statistics = read_config(folder, args.unnorm_key)
+    if len(statistics["q01"]) != act_dim:
+        raise InputError(
+            f"--unnorm-key {args.unnorm_key}: --checkpoint {folder} was trained on actions of "
+            f"{len(statistics['q01'])} dimensions; expected the environment's {act_dim}"
+        )
+    with torch.device("meta"):  # shapes alone
+        policy = OpenVLAPolicy(act_dim, args, sizes, statistics, read_tokenizer(folder))
+    num_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    if device.type == "cpu" and num_parameters > 1e9:
+        raise InputError(
+            f"--checkpoint {folder}: {num_parameters / 1e9:.1f}e9 parameters; expected --device cuda with "
+            f"{2e-9 * num_parameters:.0f} GB of memory for them in bfloat16, and more for what is computed"
+        )
+    load_weights(policy, folder, getattr(torch, args.dtype), device)
+    if args.lora_rank:
+        policy.add_lora(args.lora_rank, args.lora_alpha)
+    return policy
+
+
+def checkpoint_folder(name):
+    """The folder `name`, or that of the Hugging Face hub's repository of this name, downloaded on first use."""
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub  # slow to import, needed here alone
+
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"--checkpoint {name}: no such folder, and no download from the hub: {first_line(error)}"
+        ) from error
+    except huggingface_hub.errors.HFValidationError as error:
+        raise InputError(f"--checkpoint {name}: expected a folder, or a hub name such as openvla/openvla-7b") from error
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--checkpoint {path.parent}: cannot read {path.name} ({error})") from error
+
+
+def read_config(folder, unnorm_key):
+    """A checkpoint's config.json -> Sizes, and the action statistics of the dataset `unnorm_key`.
+
+    A dataset_statistics.json beside a fine-tuned checkpoint counts instead of the config's.
+    """
+    config = read_json(folder / "config.json")
+    expected = {"vision_backbone_id": "dinosiglip-vit-so-224px", "n_action_bins": ACTION_BINS}
+    for name, value in expected.items():
+        if config.get(name) != value:
+            raise InputError(f"--checkpoint {folder}: config.json has {name} {config.get(name)}; expected {value}")
+    known = {field.name for field in dataclasses.fields(Sizes)}
+    text_config = {name: value for name, value in config.get("text_config", {}).items() if name in known}
+    sizes = dataclasses.replace(OPENVLA_7B, **text_config, pad_to_multiple_of=config.get("pad_to_multiple_of", 64))
+    fine_tuned = folder / "dataset_statistics.json"
+    statistics = read_json(fine_tuned) if fine_tuned.exists() else config.get("norm_stats") or {}
+    if not unnorm_key and len(statistics) == 1:
+        (unnorm_key,) = statistics
+    if unnorm_key not in statistics:
+        raise InputError(f"--unnorm-key {unnorm_key or '(none)'}: expected one of {', '.join(sorted(statistics))}")
+    actions = statistics[unnorm_key]["action"]
+    return sizes, {"mask": [True] * len(actions["q01"]), **actions}
+
+
+def read_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"--checkpoint {folder}: no tokenizer.json there; expected the one of OpenVLA")
+    return Tokenizer.from_file(str(path))
+
+
+def shards(folder):
+    """The safetensors files of a checkpoint: {name of tensor: path}."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / shard for name, shard in read_json(index)["weight_map"].items()}
+    path = folder / "model.safetensors"
+    with open_safetensors(path, "cpu") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def open_safetensors(path, device):
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--checkpoint {path}: cannot be read as safetensors ({first_line(error)})") from error
+
+
+def load_weights(policy, folder, dtype, device):
+    """Read a checkpoint's tensors into the policy, one file after the other, straight to the device. Tensors that the
+    model does not use are skipped. Raises InputError for one that is missing or of another shape."""
+    where, expected, tensors = shards(folder), policy.state_dict(), {}
+    if missing := [name for name in expected if name not in where]:
+        raise InputError(f"--checkpoint {folder}: tensor {missing[0]} is missing, one of {len(missing)}")
+    for path in sorted({where[name] for name in expected}):
+        with open_safetensors(path, device) as file:
+            held = set(file.keys())
+            for name in (name for name in expected if where[name] == path):
+                if name not in held:
+                    raise InputError(f"--checkpoint {path}: tensor {name} is missing, though the index has it there")
+                shape = file.get_slice(name).get_shape()
+                if shape != list(expected[name].shape):
+                    raise InputError(
+                        f"--checkpoint {path}: tensor {name} has shape {shape}; expected {list(expected[name].shape)}"
+                    )
+                tensors[name] = file.get_tensor(name).to(dtype)
+    policy.load_state_dict(tensors, assign=True)
+
+
+def save_adapters(policy, path):
+    """Write what LoRA adds, and nothing else, to a safetensors file."""
+    adapters = {name: value.detach().cpu() for name, value in policy.named_parameters() if "lora_" in name}
+    scale = policy.projector.fc1.lora_scale
+    partial = Path(path).with_suffix(".partial")
+    save_file(adapters, partial, metadata={"scale": repr(scale)})
+    partial.replace(path)
+
+
+def read_adapters(path):
+    """(tensors by name, alpha / rank) of a file by save_adapters. Raises InputError naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, scale = file.keys(), float(file.metadata()["scale"])
+            return {name: file.get_tensor(name) for name in names}, scale
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise InputError(f"adapters {path}: expected a file by save_adapters ({first_line(error)})") from error
+
+
+def load_adapters(policy, path):
+    """Read a file by save_adapters into a policy with LoRA of the same rank and alpha. Raises InputError."""
+    adapters, scale = read_adapters(path)
+    own = {name: value for name, value in policy.named_parameters() if "lora_" in name}
+    for name in sorted(own.keys() | adapters.keys()):
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (adapters, own)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"adapters {path}: tensor {name} has shape {shapes[0]}; expected {shapes[1]}")
+    if own and scale != policy.projector.fc1.lora_scale:
+        raise InputError(
+            f"adapters {path}: alpha / rank is {scale}; expected {policy.projector.fc1.lora_scale} (--lora-alpha)"
+        )
+    policy.load_state_dict(adapters, strict=False)
+
+
+def merge_adapters(checkpoint_path, adapters_path, target):
+    """Write the checkpoint in a folder with a file of adapters added to its weights, in the released layout: the same
+    files, shards, names and types, to the new folder `target`. One shard at a time is in memory. Raises InputError."""
+    folder, target, (adapters, scale) = Path(checkpoint_path), Path(target), read_adapters(adapters_path)
+    if target.exists():
+        raise InputError(f"{target}: exists; expected a new folder for the merged checkpoint")
+    where = shards(folder)
+    layers = {name.removesuffix(".lora_a") for name in adapters if name.endswith(".lora_a")}
+    if strangers := [layer for layer in sorted(layers) if f"{layer}.weight" not in where]:
+        raise InputError(f"adapters {adapters_path}: {folder} has no {strangers[0]}.weight; expected its adapters")
+    partial = target.with_name(f"{os.getpid()}-{target.name}")
+    partial.mkdir(parents=True)
+    for path in sorted(set(where.values())):
+        tensors = load_file(path)
+        for layer in layers & {name.removesuffix(".weight") for name in tensors}:
+            weight = tensors[f"{layer}.weight"]
+            added = scale * adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
+            tensors[f"{layer}.weight"] = (weight.float() + added).to(weight.dtype)
+        save_file(tensors, partial / path.name, metadata={"format": "pt"})
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            shutil.copy(path, partial)
+    partial.rename(target)
+
+
+# ======================================== CRITIC ========================================
+
+
+def hl_gauss(target, args):
+    """The value target (...,) as a distribution (..., bins): a normal around it, cut to [q_min, q_max].
+
+    HL-Gauss (Farebrother et al., 2024, eq. 3.2): differences of normal CDFs over the bins' edges, renormalised. They
+    are taken of log CDFs in the left tail, accurate there: a target far outside lands on the border bin, not on 0 / 0.
+    NOTE(differs): targets beyond the range are renormalised onto border bins, not clipped (as in the released code).
+    NOTE(differs): the standard deviation is sqrt(2) * 0.75 bins, not 0.75 (as in the released code).
+    """
+    edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1, device=target.device)
+    z = (edges - target[..., None]) / (math.sqrt(2) * 0.75 * (args.q_max - args.q_min) / args.num_bins)
+    low, high = z[..., :-1], z[..., 1:]  # (..., bins)
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)  # mirror the right tail to the left
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    log_probs = log_high + torch.log1p(-torch.exp(log_low - log_high))  # log(exp(log_high) - exp(log_low))
+    return torch.softmax(log_probs, -1)  # renormalised
+
+
+def value_range(rewards, args):
+    """(q_min, q_max): the flags where given, else what the (scaled) rewards (N,) could add up to for ever."""
+    rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0) if args.sparse_reward else rewards
+    if len(rewards) == 0 and None in (args.q_min, args.q_max):
+        raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
+    low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
+    low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
+    if args.sparse_reward and low == 0:
+        raise InputError("--sparse-reward: no reward * scale + bias is below 0; for rewards 0 and 1, --reward-bias -1")
+    if not low < high:
+        raise InputError(f"--q-min {low}: expected less than --q-max {high}")
+    return low, high
+
+
+class Residual(nn.Module):
+    """x plus two convolutions of it (He et al., 2016)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):  # (B, W, height, width) -> the same
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+class Critic(nn.Module):
+    """E value functions Q_e(s, a), a batch dimension of the weights, behind one image encoder that they share.
+
+    `encode` turns images into obs (B, O), once per state; everything else takes those. The encoder: per width a
+    convolution of stride 2 and a residual block, then dense, LayerNorm, tanh. The E networks: dense layers that each
+    read the action too, LayerNorm, SiLU; then a head for the value, a scalar, or with --num-bins a distribution.
+
+    obs_dim: O, the width of an encoding.
+    NOTE(differs): all members of the ensemble share one output head (as in the released code).
+    """
+
+    def __init__(self, obs_dim, act_dim, args):
+        super().__init__()
+        layers, channels, self.image_size = [], 3, args.critic_image_size
+        size = self.image_size
+        for width in args.encoder_widths:
+            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), Residual(width)]
+            channels, size = width, (size + 1) // 2
+        dense = [nn.Flatten(), nn.Linear(channels * size**2, obs_dim), nn.LayerNorm(obs_dim), nn.Tanh()]
+        self.encoder = nn.Sequential(*layers, nn.SiLU(), *dense)
+        widths, E, outputs = [obs_dim, *args.hidden_dims], args.ensemble_size, max(args.num_bins, 1)
+        self.weights = nn.ParameterList(torch.empty(E, i + act_dim, o) for i, o in pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(E, 1, width) for width in args.hidden_dims)
+        self.norm_scales = nn.ParameterList(torch.ones(E, 1, width) for width in args.hidden_dims)
+        self.norm_biases = nn.ParameterList(torch.zeros(E, 1, width) for width in args.hidden_dims)
+        self.head_weight = nn.Parameter(nn.init.orthogonal_(torch.empty(widths[-1], outputs), 1e-2))  # (H, bins)
+        self.head_bias = nn.Parameter(torch.zeros(outputs))
+        for i, weight in enumerate(self.weights):
+            for member in weight.data:
+                nn.init.orthogonal_(member, 1e-2 if i == len(self.weights) - 1 else math.sqrt(2))
+        edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1)
+        self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2, persistent=False)  # (bins,)
+
+    def encode(self, images):
+        """images (B, height, width, 3) uint8 -> obs (B, O)."""
+        x = images.to(self.head_bias.device).permute(0, 3, 1, 2).float() / 255 - 0.5  # (B, 3, height, width)
+        return self.encoder(F.interpolate(x, (self.image_size, self.image_size), mode="area"))
+
+    def forward(self, obs, actions, members=None):
+        """obs (B, O), actions (B, N, A) -> q (E, B, N), logits (E, B, N, bins) or None for a scalar critic.
+
+        members (E',): evaluate these members only, in this order.
+        """
+        B, N, A = actions.shape
+        pick = (lambda parameter: parameter) if members is None else (lambda parameter: parameter[members])
+        flat = actions.reshape(B * N, A)
+        for i in range(len(self.weights)):
+            weight, act_weight = pick(self.weights[i]).split([self.weights[i].shape[1] - A, A], dim=1)
+            if i == 0:  # obs' part is computed once per state and shared by its N actions
+                h = (obs @ weight + pick(self.biases[i])).repeat_interleave(N, 1)  # (E, B * N, H)
+            else:
+                h = torch.baddbmm(pick(self.biases[i]), h, weight)
+            h = h + flat @ act_weight
+            h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+            h = F.silu(torch.addcmul(pick(self.norm_biases[i]), h, pick(self.norm_scales[i])))
+        outputs = (h @ self.head_weight + self.head_bias).unflatten(1, (B, N))  # (E, B, N, bins)
+        if not len(self.centers):
+            return outputs[..., 0], None
+        return torch.softmax(outputs, -1) @ self.centers, outputs
+
+
+# ======================================== ACTION OPTIMISATION ========================================
+
+
+def rerank(critic, obs, candidates, args, dataset_actions=None):
+    """Global optimisation (Alg. 1): the M of candidates (B, K, A) with the highest ensemble-mean value, best first.
+
+    dataset_actions (B, A): the batch's own action takes the place of the worst kept one (not when M = 1).
+    NOTE(differs): the batch's own action joins before the gradient steps (as in the released code).
+    """
+    with torch.no_grad():
+        q = critic(obs, candidates)[0].mean(0)  # (B, K)
+    best = q.topk(args.num_keep, dim=1).indices  # (B, M)
+    kept = candidates.gather(1, best[..., None].expand(-1, -1, candidates.shape[-1]))  # (B, M, A)
+    if dataset_actions is not None and args.num_keep > 1:
+        kept = torch.cat([kept[:, :-1], dataset_actions[:, None]], 1)
+    return kept
+
+
+def ascend(critic, obs, actions, args):
+    """Local optimisation (Alg. 1): T times a <- clip(a + alpha * grad_a Q(s, a)), each of actions (B, M, A) on its own.
+
+    Returns the best of each one's T + 1 points (B, M, A) and its value (B, M).
+    NOTE(differs): a candidate keeps the best of its points, not the last (as in the released code).
+    """
+    best_actions, best_q = actions, actions.new_full(actions.shape[:2], -torch.inf)
+    for step in range(args.num_gradient_steps + 1):
+        more = step < args.num_gradient_steps
+        actions = actions.detach().requires_grad_(more)
+        with torch.set_grad_enabled(more):
+            q = critic(obs, actions)[0].mean(0)  # (B, M)
+            gradient = torch.autograd.grad(q.sum(), actions)[0] if more else 0.0  # touches no parameter's .grad
+        better = (q >= best_q).detach()
+        best_actions = torch.where(better[..., None], actions, best_actions).detach()
+        best_q = torch.where(better, q, best_q).detach()
+        actions = (actions + args.action_lr * gradient).clamp(-1, 1)
+    return best_actions, best_q
+
+
+def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
+    """The optimised actions of the paper: obs (B, O), candidates (B, K, A) -> actions (B, M, A) and their q (B, M).
+
+    NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
+    NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
+    """
+    states = len(obs)
+    if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
+        states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
+    parts = list(zip(obs.split(states), candidates.split(states), strict=True))
+    own = [None] * len(parts) if dataset_actions is None else dataset_actions.split(states)
+    results = [
+        ascend(critic, part, rerank(critic, part, some, args, own_part), args)
+        for (part, some), own_part in zip(parts, own, strict=True)
+    ]
+    actions, q = (torch.cat(values) for values in zip(*results, strict=True))
+    return actions, q
+
+
+def choose(actions, q, sample=False):
+    """One of M actions: the best, or a draw from softmax(q). actions (B, M, A), q (B, M) -> (B, A).
+
+    NOTE(differs): distillation draws at temperature 1, all else takes the best (as in the released code).
+    """
+    if sample:
+        q = q - torch.empty_like(q).exponential_().log()  # plus Gumbel noise: its argmax is a draw from softmax(q)
+    return actions[torch.arange(len(q), device=q.device), q.argmax(1)]
+
+
+@torch.no_grad()
+def act(policy, critic, obs, args, seeds=None):
+    """The action PA-RL takes: the best optimised one, observations -> (B, A). Without critic: policy.sample(obs, 1)."""
+    candidates = policy.sample(obs, args.num_samples, seeds)
+    return choose(*optimize_actions(critic, critic.encode(torch.as_tensor(obs["image"])), candidates, args))
+
+
+@torch.no_grad()
+def optimization_info(critic, obs, candidates, args):
+    """What the optimisation did to candidates (B, K, A), for the log; the README has the equations."""
+    kept = rerank(critic, obs, candidates, args)
+    actions, q = ascend(critic, obs, kept, args)
+    moved = (actions - kept).abs()  # (B, M, A)
+    q_before, q_after = critic(obs, candidates)[0].mean(), q.max(1).values.mean()
+    with torch.enable_grad():
+        kept.requires_grad_()
+        (gradient,) = torch.autograd.grad(critic(obs, kept)[0].mean(0).sum(), kept)
+    return {
+        "opt/q_before": q_before,
+        "opt/q_after": q_after,
+        "opt/improvement": q_after - q_before,
+        "opt/candidate_entropy": -(torch.softmax(q, 1) * torch.log_softmax(q, 1)).sum(1).mean(),
+        "opt/grad_norm": gradient.norm(dim=-1).mean(),
+        "opt/l1_move": moved.sum(-1).mean(),
+        "opt/tokens_changed": (moved > 1 / 127).float().mean(),  # by more than half of a 128th
+    }
+
+
+class SampleStore:
+    """The policy's K samples at each of S states: the dataset's and, after them, the online buffer's.
+
+    actions (S, K, A) in float16, and the version of the policy that drew them, -1 where none were. What version v draws
+    at state i follows from (seed, i, v): ranks can share the drawing in any way. `observe(rows)` looks at states.
+
+    NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
+    NOTE(differs): samples are kept beside their state with a version (released: worker processes, by the mean pixel).
+    """
+
+    def __init__(self, act_dim, args):
+        self.seed, self.version = args.seed, 0  # the policy's version: how often it was distilled
+        self.actions = torch.zeros(0, args.num_samples, act_dim, dtype=torch.float16)
+        self.versions = torch.zeros(0, dtype=torch.long)
+
+    def grow(self, num_states):
+        """Make room for the samples of num_states states in all."""
+        new = num_states - len(self.versions)
+        self.actions = torch.cat([self.actions, self.actions.new_zeros(new, *self.actions.shape[1:])])
+        self.versions = torch.cat([self.versions, self.versions.new_full((new,), -1)])
+
+    def draw(self, policy, rows, observe):
+        """Draw samples of the policy as it is at the states `rows` (N,); each rank draws its share."""
+        rank, num_ranks = ranks()
+        drawn = torch.zeros(len(rows), *self.actions.shape[1:], device=policy.device)
+        mine = rows[rank::num_ranks]
+        if len(mine):
+            seeds = [(self.seed, row, self.version) for row in mine.tolist()]
+            drawn[rank::num_ranks] = policy.sample(observe(mine), drawn.shape[1], seeds)
+        if num_ranks > 1:
+            dist.all_reduce(drawn)  # the sum: each row is one rank's
+        self.actions[rows], self.versions[rows] = drawn.half().cpu(), self.version
+
+    def at(self, policy, rows, observe):
+        """The samples at the states rows (N,), drawn now where there are none -> (N, K, A)."""
+        missing = rows[self.versions[rows] < 0].unique()
+        if len(missing):
+            self.draw(policy, missing, observe)
+        return self.actions[rows].float()
+
+    def refresh(self, policy, observe, budget):
+        """Draw again, by the policy as it is now, at up to `budget` states: those with the oldest samples."""
+        old = ((self.versions >= 0) & (self.versions < self.version)).nonzero()[:, 0]
+        oldest = old[self.versions[old].argsort(stable=True)[:budget]]
+        if len(oldest):
+            self.draw(policy, oldest, observe)
+
+    def state_dict(self):
+        return {"actions": self.actions, "versions": self.versions, "version": self.version}
+
+    def load_state_dict(self, state):
+        self.actions, self.versions, self.version = state["actions"], state["versions"], state["version"]
+
+
+# ======================================== LOSSES ========================================
+
+
+def critic_loss(critic, target_critic, batch, args, random_actions=None, td_members=None, cql_members=None):
+    """Cal-QL (Nakamoto et al., 2023): TD + cql_weight * CQL, calibrated by Monte-Carlo returns -> loss, info.
+
+    batch: obs, next_obs (B, O); actions, policy_actions, next_policy_actions (B, A), the last two optimised at obs and
+    next_obs; rewards, masks, mc_returns (B,). random_actions (B, n, A) and members (critic_subset,) inject the draws.
+    NOTE(differs): members are drawn with replacement, once a batch, apart for TD and CQL (as in the released code).
+    NOTE(differs): the cross-entropy is over all members, not those drawn (as in the released code).
+    """
+    obs, actions, n = batch["obs"], batch["actions"], args.cql_n_actions
+    if random_actions is None:
+        random_actions = torch.rand(len(obs), n, actions.shape[-1], device=obs.device) * 2 - 1
+    if td_members is None:
+        td_members = torch.randint(args.ensemble_size, (args.critic_subset,), device=obs.device)
+    if cql_members is None:
+        cql_members = torch.randint(args.ensemble_size, (args.critic_subset,), device=obs.device)
+
+    # TD: the target critic values the action that the online critic chose; all members learn it
+    with torch.no_grad():
+        next_q, _ = target_critic(batch["next_obs"], batch["next_policy_actions"][:, None], td_members)  # (2, B, 1)
+        target = batch["rewards"] + args.discount * batch["masks"] * next_q[..., 0].min(0).values  # (B,)
+    q_data, logits = critic(obs, actions[:, None])  # (E, B, 1), (E, B, 1, bins)
+    q_data = q_data[..., 0]  # (E, B)
+    if logits is None:
+        td_loss = (q_data - target).square().mean()
+    else:
+        td_loss = -(hl_gauss(target, args) * torch.log_softmax(logits[:, :, 0], -1)).sum(-1).mean()
+
+    # CQL: push down a soft maximum over random and policy actions, push up the data's. Each policy action stands for n
+    # equal ones, scored once. Cal-QL: a policy action is never pushed below the return that the data reached from here.
+    proposals = torch.cat([random_actions, batch["policy_actions"][:, None], batch["next_policy_actions"][:, None]], 1)
+    q_proposals, _ = critic(obs, proposals, cql_members)  # (2, B, n + 2)
+    q_random, q_policy = q_proposals.split([n, 2], dim=-1)
+    mc_returns = batch["mc_returns"][:, None]  # (B, 1)
+    calibrated = torch.maximum(q_policy, mc_returns) + math.log(n)
+    q_all = torch.cat([q_random, calibrated, q_data[cql_members][..., None]], -1)  # (2, B, n + 3)
+    cql_loss = (torch.logsumexp(q_all, -1) - math.log(3 * n + 1) - q_data[cql_members]).mean()
+
+    loss = td_loss + args.cql_weight * cql_loss
+    info = {
+        "critic/loss": loss,
+        "critic/td_loss": td_loss,
+        "critic/cql_loss": cql_loss,
+        "critic/q_data": q_data.mean(),
+        "critic/q_policy": q_policy[..., 0].mean(),
+        "critic/q_minus_mc": (q_data - batch["mc_returns"]).mean(),
+        "critic/calibration_rate": (q_policy < mc_returns).float().mean(),
+    }
+    return loss, {name: value.detach() for name, value in info.items()}
+
+
+@torch.no_grad()
+def move_average(average, network, rate):
+    """average <- (1 - rate) * average + rate * network, in place."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), rate)
+
+
+def random_shift(images, args):
+    """Each of images (B, height, width, 3) moved by up to augment_pixels of the critic's pixels along both axes, its
+    border repeated (DrQ; Kostrikov et al., 2021)."""
+    (B, height, width, _), device = images.shape, images.device
+    most = round(args.augment_pixels * height / args.critic_image_size)
+    down, right = torch.randint(-most, most + 1, (2, B, 1), device=device)
+    rows = (torch.arange(height, device=device) + down).clamp(0, height - 1)  # (B, height)
+    columns = (torch.arange(width, device=device) + right).clamp(0, width - 1)  # (B, width)
+    return images[torch.arange(B, device=device)[:, None, None], rows[:, :, None], columns[:, None]]
+
+
+def update_critic(critic, target_critic, optimizer, batch, samples, args):
+    """One critic update on a batch and the policy's samples (2B, K, A) at its obs and next_obs, images -> info.
+
+    NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
+    """
+    images, next_images = random_shift(batch["obs"], args), random_shift(batch["next_obs"], args)
+    obs = critic.encode(images)  # (B, O); the encoder learns from the losses at obs
+    with torch.no_grad():
+        next_obs, target_next_obs = critic.encode(next_images), target_critic.encode(next_images)
+    actions, q = optimize_actions(critic, torch.cat([obs.detach(), next_obs]), samples, args)
+    policy_actions, next_policy_actions = choose(actions, q).chunk(2)
+    batch = {**batch, "policy_actions": policy_actions, "next_policy_actions": next_policy_actions}
+    batch |= {"obs": obs, "next_obs": target_next_obs}
+    loss, info = critic_loss(critic, target_critic, batch, args)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    move_average(target_critic, critic, args.target_rate)
+    return info
+
+
+def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
+    """One step of the policy's own supervised loss on observations, actions (B, A) or (B, R, A): cloning and
+    distillation alike. Each rank brings its share of the batch; the gradient is the mean over ranks."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    policy.train()
+    loss = policy.loss(obs, actions)
+    optimizer.zero_grad()
+    loss.backward()
+    average_gradients(policy)
+    optimizer.step()
+    move_average(policy_ema, policy, args.policy_ema_rate)
+    return loss.detach()
+
+
+def learning_rate(base, step, num_steps, args, cosine=False):
+    """Linear warm-up over policy_warmup_steps (at most 10 % of num_steps), then constant, or cosine to 0."""
+    warmup = min(args.policy_warmup_steps, num_steps // 10)
+    decay = (1 + math.cos(math.pi * step / num_steps)) / 2 if cosine else 1.0
+    return base * min(1.0, step / max(warmup, 1)) * decay if warmup else base * decay
+
+
+# ======================================== TRAIN ========================================
+
+
+def ranks():
+    """(rank, number) of this process among those of torchrun; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(args):
+    """Meet the other processes of torchrun, where there are any. Raises InputError for what they cannot share.
+
+    A process group that torchrun starts again goes on from the checkpoint in --run-dir.
+    """
+    number = int(os.environ.get("WORLD_SIZE", 1))
+    if number == 1:
+        return
+    if not (args.run_dir or args.resume):
+        raise InputError("--run-dir: expected a folder; with torchrun a restart goes on from the checkpoint in it")
+    if args.batch_size % number:
+        raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {number} processes")
+    if Path(args.run_dir, "checkpoint.pt").exists() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        args.resume = args.run_dir
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = datetime.timedelta(days=1)  # the others wait while rank 0 evaluates or a robot moves
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+
+
+def average_gradients(policy):
+    """Every trained parameter's gradient becomes the mean over ranks."""
+    _, num_ranks = ranks()
+    if num_ranks > 1:
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= num_ranks
+
+
+def from_rank_0(value):
+    """Rank 0's object, on every rank."""
+    values = [value]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+class PolicyUnits(gym.ActionWrapper):
+    """An environment of common.make_env that takes actions as a released policy means them, in [-1, 1]: what they stand
+    for in the environment's units is cut to its bounds.
+
+    NOTE(differs): actions are optimised in the units of the policy's tokens (released: of the action's std).
+    """
+
+    def __init__(self, env, policy):
+        super().__init__(env)
+        self.policy, (self.low, self.high) = policy, common.action_bounds(env)
+
+    def action(self, action):
+        units = self.policy.unnormalize(action).clip(self.low, self.high)
+        return (2 * (units - self.low) / (self.high - self.low) - 1).astype(np.float32)
+
+
+def instruction_of(env, args):
+    """--instruction, or the environment's: its attribute, or in the info of a reset. Raises InputError without one."""
+    told = args.instruction or (env.get_wrapper_attr("instruction") if env.has_wrapper_attr("instruction") else "")
+    told = told or env.reset(seed=args.seed)[1].get("instruction", "")
+    if not told:
+        raise InputError(
+            f"--env-id {args.env_id}: has no instruction, as an attribute or in a reset's info; expected --instruction"
+        )
+    return told
+
+
+def check(args):
+    """Raises InputError, naming the flag, for what cannot run."""
+    at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep"}
+    at_least_one |= {"critic_utd", "num_eval_episodes", "eval_every", "log_every", "targets_per_image"}
+    at_least_one |= {"images_per_forward", "critic_image_size", "encoding_width"}
+    upper = dict(num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6)
+    for name, value in vars(args).items():
+        low, high = int(name in at_least_one), upper.get(name, math.inf)
+        signed = name in ("reward_scale", "reward_bias", "q_min", "q_max")
+        if isinstance(value, (int, float)) and not signed and not low <= value <= high:
+            expected = f"between {low} and {high}" if name in upper else f"at least {low}"
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+    for name in ("hidden_dims", "encoder_widths"):
+        widths = getattr(args, name)
+        if not widths or min(widths) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {widths}: expected one or more widths of at least 1")
+    if args.online_steps is None and args.online_episodes is None:
+        raise InputError("--online-steps None and --online-episodes None: expected a number for one of them")
+    if args.eval_only and not args.resume:
+        raise InputError("--eval-only: expected --resume RUN, the run to evaluate")
+    if args.warmup_episodes and args.dataset_path:
+        raise InputError("--warmup-episodes: takes the place of a dataset; expected no --dataset-path beside it")
+
+
+def train(args: Args) -> Path:
+    """Behaviour cloning or warm-up trials, offline RL, online fine-tuning. Returns the run's directory.
+
+    With torchrun all ranks do the same, but that each draws its share of samples and takes its share of the policy's
+    batch, and that the environment, the chosen actions and the files are rank 0's. Raises InputError.
+    """
+    check(args)
+    join_ranks(args)
+    device, generator = common.start(args)  # torch's own generator draws noise, this one batches
+    rank, num_ranks = ranks()
+
+    # Environment, policy, data, critic
+    image_size = (OPENVLA_7B if args.checkpoint else TINY).image_size
+    env = common.make_env(args.env_id, args.sparse_reward, image_size=image_size)
+    act_dim, args.instruction = env.action_space.shape[0], instruction_of(env, args)
+    policy = load_policy(act_dim, args, device)
+    policy.prompt(args.instruction)  # raises an error where it is too long
+    num_envs = min(10, args.num_eval_episodes) if rank == 0 else 0
+    env_args = (args.env_id, args.sparse_reward, args.capture_video, image_size)
+    envs = [env, *(common.make_env(*env_args) for _ in range(num_envs))]
+    env, *eval_envs = [PolicyUnits(one, policy) for one in envs] if args.checkpoint else envs
+    shape = (image_size, image_size, 3)
+    dataset, online = common.ReplayBuffer(shape, act_dim, np.uint8), common.ReplayBuffer(shape, act_dim, np.uint8)
+    if args.warmup_episodes:
+        args.bc_steps, args.offline_ratio = 0, 0.0
+    elif (args.bc_steps or args.offline_ratio) and not args.eval_only:
+        rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
+        dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as, image_size)
+        if args.checkpoint:
+            units = env.low + (dataset.actions + 1) / 2 * (env.high - env.low)
+            dataset.actions = policy.normalize(units).astype(np.float32)
+    else:
+        args.offline_steps = args.offline_distill_steps = 0  # nothing to learn from yet
+    args.q_min, args.q_max = value_range(dataset.rewards[: len(dataset)], args)
+    policy_ema = copy.deepcopy(policy, {id(weight): weight for weight in policy.frozen().values()}).eval()
+    critic = Critic(args.encoding_width, act_dim, args).to(device)
+    target_critic = copy.deepcopy(critic)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    policy_optimizer = torch.optim.Adam(trained, lr=args.bc_lr)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
+    improve_critic = torch.compile(update_critic) if args.compile else update_critic
+    store = SampleStore(act_dim, args)
+    store.grow(dataset.num_states)
+
+    # The run's files; a policy to start from; a run to continue
+    run = common.Run(args, Path(__file__).stem, image_size, act_dim, generator, silent=rank > 0)
+    if args.policy_checkpoint and not args.resume:
+        run.load(args.policy_checkpoint, "--policy-checkpoint", policy_ema=policy_ema)
+        policy.load_state_dict(policy_ema.state_dict())
+    run.keep(policy=policy, policy_ema=policy_ema, critic=critic, target_critic=target_critic, online=online)
+    run.keep(policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer, store=store)
+    counters = run.begin(dataset.sha256)
+
+    def as_obs(images):
+        return {"image": images, "instruction": [args.instruction] * len(images)}
+
+    def observe(rows):
+        """States of the dataset and, numbered after them, of the online buffer, as the policy takes them."""
+        rows, first = rows.numpy(), dataset.num_states
+        own = [dataset.states[row] if row < first else online.states[row - first] for row in rows]
+        return as_obs(np.stack(own))
+
+    def draw_batch(num_offline):
+        """num_offline transitions of the dataset and others collected online, --batch-size in all."""
+        batch = common.sample_both(dataset, online, num_offline, args.batch_size - num_offline, generator)
+        batch["state_rows"][num_offline:] += dataset.num_states
+        return {name: value if name == "state_rows" else value.to(device) for name, value in batch.items()}
+
+    def samples_at(rows):  # (N,) -> (N, K, A)
+        return store.at(policy_ema, rows, observe).to(device)
+
+    def act_raw(images, keys):  # (N, height, width, 3) -> (N, A)
+        return policy_ema.sample(as_obs(images), 1, keys)[:, 0].cpu().numpy()
+
+    def act_optimized(images, keys):
+        return act(policy_ema, critic, as_obs(images), args, keys).cpu().numpy()
+
+    def act_online(images, _keys):  # explores with the run's own generator
+        with run.timed("time/act_ms"):
+            return act_raw(images, None) if counters["phase"] == "warmup" else act_optimized(images, None)
+
+    def evaluate():
+        """The eval columns of a row: the raw policy and, once there is a critic, the optimised one."""
+        if rank > 0:
+            return {}
+        row = common.evaluate(eval_envs, act_raw, args.num_eval_episodes, "eval/policy_")
+        if counters["phase"] != "bc":
+            row |= common.evaluate(eval_envs, act_optimized, args.num_eval_episodes, "eval/")
+        if args.capture_video:
+            folder = run.directory / "videos" / f"{counters['phase']}-{counters['gradient_step']}"
+            actor = act_raw if counters["phase"] == "bc" else act_optimized
+            common.run_episodes(eval_envs[:3], actor, common.EVALUATION_SEED + np.arange(3), video_dir=folder)
+        return row
+
+    def describe():
+        """The opt columns of a row: what action optimisation does to samples of the latest batch."""
+        with torch.no_grad():
+            obs = critic.encode(batch["obs"])
+        return optimization_info(critic, obs, samples[: args.batch_size], args)
+
+    def collect(seed):
+        """An episode of rank 0's environment, added to every rank's buffer."""
+        episode = from_rank_0(common.run_episodes([env], act_online, [seed])[0] if rank == 0 else None)
+        paid = episode["rewards"]
+        if args.sparse_reward:  # success, at the end of the episode, is the only reward
+            paid = np.float32(np.arange(1, len(paid) + 1) == len(paid)) * episode["success"]
+        rewards = paid * args.reward_scale + args.reward_bias
+        returns = common.mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
+        online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
+        store.grow(dataset.num_states + online.num_states)
+        return episode
+
+    def improve_policy(batch, actions, lr):
+        """One step of the policy on its share of the batch."""
+        mine = slice(rank, None, num_ranks)
+        obs = as_obs(batch["obs"][mine])
+        return update_policy(policy, policy_ema, policy_optimizer, obs, actions[mine], lr, args)
+
+    def improve_value(num_offline):
+        """One critic update, at samples from the store -> the batch and the samples (2B, K, A)."""
+        with run.timed("time/critic_ms"):
+            batch = draw_batch(num_offline)
+            rows = batch["state_rows"]  # the row after a state is its next state
+            samples = samples_at(torch.cat([rows, rows + 1]))
+            run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
+        return batch, samples
+
+    def distill(num_offline, lr):
+        """One step of the policy towards optimised actions, the batch's own among the candidates."""
+        with run.timed("time/distill_ms"):
+            batch = draw_batch(num_offline)
+            samples = samples_at(batch["state_rows"])
+            with torch.no_grad():
+                obs = critic.encode(batch["obs"])
+            actions, q = optimize_actions(critic, obs, samples, args, batch["actions"])
+            draws = [choose(actions, q, sample=not args.distill_argmax) for _ in range(args.targets_per_image)]
+            chosen = torch.stack(draws, 1)  # (B, R, A)
+            if num_ranks > 1:
+                dist.broadcast(chosen, 0)
+            run.average({"policy/distill_loss": improve_policy(batch, chosen, lr)})
+
+    if args.eval_only:
+        print(json.dumps(evaluate(), indent=2))
+        return run.directory
+
+    # Phase 1: behaviour cloning, or trials of the policy as it is
+    for step in run.steps("bc", 0 if args.policy_checkpoint else args.bc_steps, evaluate):
+        batch = draw_batch(args.batch_size)
+        lr = learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)
+        run.average({"policy/bc_loss": improve_policy(batch, batch["actions"], lr)})
+    for seed in run.warmups(args.warmup_episodes):
+        run.record(collect(seed), 0)
+
+    # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
+    num_offline = 0 if args.warmup_episodes else args.batch_size
+    for _ in run.steps("offline", args.offline_steps, evaluate, describe):
+        batch, samples = improve_value(num_offline)
+    if args.offline_distill_steps and counters["distill"] == 0:
+        policy_optimizer.state.clear()
+    for step in run.steps("distill", args.offline_distill_steps, evaluate):
+        distill(num_offline, learning_rate(args.distill_lr, step, args.offline_distill_steps, args))
+
+    # Phase 3: online fine-tuning: collect an episode, distil, draw samples of the new policy, update the critic
+    # NOTE(differs): going online both optimisers start afresh, networks and target go on (as in the released code).
+    if counters["phase"] != "online":
+        policy_optimizer.state.clear()
+        critic_optimizer.state.clear()
+        store.version = int(args.offline_distill_steps > 0)
+    num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
+    for seed in run.episodes(evaluate, describe):
+        episode = collect(seed)
+        length = len(episode["rewards"])
+        share = len(dataset) / (len(dataset) + len(online)) if args.offline_ratio else 0.0
+        first = args.policy_utd * counters["env_step"]
+        for step in range(first, first + args.policy_utd * length):
+            distill(math.floor(args.batch_size * share), learning_rate(args.distill_lr, step, num_distill_steps, args))
+        store.version += 1
+        store.refresh(policy_ema, observe, args.refresh_states)
+        for _ in range(args.critic_utd * length):
+            batch, samples = improve_value(math.floor(args.batch_size * args.offline_ratio))
+        run.record(episode, args.critic_utd * length)
+    run.finish()
+    if rank == 0 and policy.frozen():
+        save_adapters(policy_ema, run.directory / "adapters.safetensors")
+    if num_ranks > 1:
+        dist.destroy_process_group()
+    return run.directory
+
+
+if __name__ == "__main__":
+    common.main(train, Args, PRESETS, __doc__)
