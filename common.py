@@ -602,6 +602,22 @@ COLUMNS = """
 """.split()  # noqa: SIM905
 
 
+MAY_CHANGE = {"dropout", "gradient_checkpointing", "images_per_forward", "targets_per_image"}  # how a policy is trained
+
+
+def fixed_flags(args, flag):
+    """What a checkpoint's numbers mean without a shape that says so: flags that loading it by `flag` must not change.
+
+    The policy's own stand last in Args, after the four on learning that every policy has.
+    """
+    names = [field.name for field in dataclasses.fields(args)]
+    fixed = ["normalize_obs", *names[names.index("policy_ema_rate") + 1 :]]
+    if flag == "--resume":
+        fixed += ["policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward"]
+        fixed += ["num_bins", "q_min", "q_max"]
+    return [name for name in fixed if name in names and name not in MAY_CHANGE]
+
+
 class Run:
     """The directory of one run, and all that must survive its being killed: `counters` and what `keep` was told.
 
@@ -628,7 +644,7 @@ class Run:
         self.kept |= objects
 
     def load(self, path, flag, **objects):
-        """Load `objects` from a checkpoint, and return it. Raises InputError for another script, task or shape."""
+        """Load `objects` from a checkpoint and return it. Raises InputError for another script, task, shape or flag."""
         if not Path(path).is_file():
             raise InputError(f"{flag} {path}: no such file; expected the checkpoint.pt of a run")
         try:
@@ -640,6 +656,11 @@ class Run:
         for name, expected in self.identity.items():
             if checkpoint.get(name) != expected:
                 raise InputError(f"{flag} {path}: {name} is {checkpoint.get(name)} there; expected {expected}")
+        for name in fixed_flags(self.args, flag):
+            there, here = checkpoint["args"].get(name), getattr(self.args, name)
+            if there != here:
+                flag_there = f"--{name.replace('_', '-')} is {there!r} there and {here!r} here"
+                raise InputError(f"{flag} {path}: {flag_there}; expected the same")
         for name, item in objects.items():
             try:
                 item.load_state_dict(checkpoint[name])
@@ -656,6 +677,7 @@ class Run:
         if self.args.resume:
             checkpoint = self.load(self.directory / "checkpoint.pt", "--resume", **self.kept)
             self.counters, self.sums, self.counts = (checkpoint[name] for name in ("counters", "sums", "counts"))
+            self.check_phases(checkpoint["args"])
             self.rows, self.wandb_id = checkpoint["rows"], checkpoint["wandb_id"]
             self.lap_step = self.counters["gradient_step"]
             self.generator.bit_generator.state = json.loads(checkpoint["numpy_rng"])
@@ -682,6 +704,16 @@ class Run:
             print(f"resumed in phase {self.counters['phase']} after {self.lap_step} updates")
         self.save()
         return self.counters
+
+    def check_phases(self, saved):
+        """Raises InputError where a flag asks for more steps of a phase that the run has left behind."""
+        for phase, name in (("bc", "bc_steps"), ("offline", "offline_steps"), ("distill", "offline_distill_steps")):
+            if self.counters["phase"] == phase:
+                break
+            if getattr(self.args, name) > saved[name]:
+                flag = f"--{name.replace('_', '-')} {getattr(self.args, name)}"
+                reason = f"expected at most its {saved[name]}; it is in {self.counters['phase']}"
+                raise InputError(f"{flag} with --resume {self.directory}: {reason}")
 
     def save(self):
         """Write checkpoint.pt: tensors, numbers and strings alone, for torch.load(weights_only=True)."""

@@ -479,6 +479,8 @@ def check(args):
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
     if not args.hidden_dims or min(args.hidden_dims) < 1:
         raise InputError(f"--hidden-dims {args.hidden_dims}: expected one or more widths of at least 1")
+    if args.num_bins == 1:
+        raise InputError("--num-bins 1: expected at least 2, or 0 for scalar values")
     if args.online_steps is None and args.online_episodes is None:
         raise InputError("--online-steps None and --online-episodes None: expected a number for one of them")
     if args.eval_only and not args.resume:

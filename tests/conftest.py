@@ -1,4 +1,6 @@
+import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import common
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("parl_*.py"))
+PARALLEL = ["parl_diffusion", "parl_gaussian", "parl_transformer"]  # the same but for their policy
 
 torch.set_num_threads(1)
 
@@ -43,3 +48,16 @@ def run_script(script, *flags, cwd=ROOT, check=True, env=None, timeout=300):
     if check and result.returncode != 0:
         raise AssertionError(f"{' '.join(command)} exited {result.returncode}\n{result.stdout}\n{result.stderr}")
     return result
+
+
+def run_here(script, *flags):
+    """`python script.py flags` in this process, which spares the imports. An error is SystemExit with its text."""
+    module, argv = importlib.import_module(script), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [script, *map(str, flags)]
+    try:
+        common.main(module.train, module.Args, module.PRESETS, module.__doc__)
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -4,14 +4,16 @@ import ast
 import csv
 import importlib
 import inspect
+import json
 import re
+import shutil
 from itertools import zip_longest
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, run_script
+from conftest import PARALLEL, ROOT, SCRIPTS, run_here
 
 import common
 
@@ -52,9 +54,6 @@ def test_sections_stand_in_order(script):
     positions = [source.index("class Args"), source.index("PRESETS = {")]
     positions += [source.index(f"= {banner} =") for banner in BANNERS]
     assert positions == sorted(positions)
-
-
-PARALLEL = ["parl_gaussian", "parl_diffusion", "parl_transformer"]
 
 
 def without_policy(source):
@@ -239,13 +238,16 @@ def test_no_success_and_no_terminal_anywhere_are_warnings(tmp_path, capsys):
     assert "terminals without success" in capsys.readouterr().err
 
 
+# No data, one evaluation environment: what a command needs to fail late, fast
+LITTLE = ["--bc-steps", 0, "--offline-ratio", 0, "--num-eval-episodes", 1]
+
 BAD_FLAGS = {
     "--env-id pointmaze-umaze-pley": "did you mean pointmaze-umaze-play",
     "--env-id CartPole-v1": "expected a bounded Box of one dimension",
     "--env-id no_such_module:Env-v0": "no_such_module",
-    "--env-id Pendulum-v1": "--dataset-path FILE",
-    "--env-id Pendulum-v1 --bc-steps 0 --offline-ratio 0": "--q-min --q-max: expected both",
-    "--dataset-path nowhere.hdf5": "nowhere.hdf5: no such file",
+    "--env-id Pendulum-v1 --bc-steps 1": "--dataset-path FILE",
+    "--env-id Pendulum-v1": "--q-min --q-max: expected both",
+    "--dataset-path nowhere.hdf5 --bc-steps 1": "nowhere.hdf5: no such file",
     "--num-keep 9 --num-samples 8": "--num-keep 9: expected between 1 and 8",
     "--num-samples 0": "--num-samples 0: expected at least 1",
     "--bc-steps -1": "--bc-steps -1: expected at least 0",
@@ -255,9 +257,9 @@ BAD_FLAGS = {
     "--eval-only": "--eval-only: expected --resume RUN",
     "--resume nowhere": "--resume nowhere: no config.json",
     "--policy-checkpoint nowhere.pt": "--policy-checkpoint nowhere.pt: no such file",
-    "--width 6": "--width 6: expected a multiple of 4",
-    "--dropout 1.5": "--dropout 1.5: expected between 0 and 1",
+    "--policy-checkpoint notes.pt": "--policy-checkpoint notes.pt: not a checkpoint",
     "--hidden-dims 0": "--hidden-dims (0,): expected one or more widths",
+    "--num-bins 1": "--num-bins 1: expected at least 2",
     "--critic-utd 0": "--critic-utd 0: expected at least 1",
     "--online-steps None": "expected a number for one of them",
     "--q-min nan": "--q-min nan: expected less than --q-max",
@@ -266,53 +268,150 @@ BAD_FLAGS = {
 if not torch.cuda.is_available():
     BAD_FLAGS["--device cuda"] = "--device cuda: torch finds no GPU"
 
+BAD_POLICY_FLAGS = {
+    "parl_diffusion --width 6": "--width 6: expected a multiple of 4",
+    "parl_diffusion --diffusion-steps 0": "--diffusion-steps 0: expected at least 1",
+    "parl_diffusion --dropout 1.5": "--dropout 1.5: expected between 0 and 1",
+    "parl_gaussian --num-layers 0": "--num-layers 0: expected at least 1",
+    "parl_transformer --dropout 1.5": "--dropout 1.5: expected between 0 and 1",
+    "parl_transformer --num-heads 0": "--num-heads 0: expected at least 1",
+    "parl_transformer --num-heads 7": "expected a multiple of --num-heads 7",
+    "parl_transformer --action-bins 1": "--action-bins 1: expected at least 2",
+    "parl_transformer --head continuous --num-components 0": "--num-components 0: expected at least 1",
+}
 
+
+@pytest.mark.parametrize("script", PARALLEL)
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags(flags, capsys, monkeypatch, tmp_path):
-    """In this process, as `python script.py flags` would: one line on stderr, exit status 1, no run directory."""
-    module = importlib.import_module(SCRIPTS[0])
+def test_bad_flags(script, flags, monkeypatch, tmp_path):
+    """One line, exit status 1 (which a text has), no run directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [SCRIPTS[0], *flags.split()])
+    (tmp_path / "notes.pt").write_text("not a checkpoint")
     with pytest.raises(SystemExit) as stop:
-        common.main(module.train, module.Args, module.PRESETS, module.__doc__)
+        run_here(script, *LITTLE, *flags.split())
     assert str(stop.value).startswith("error: ") and BAD_FLAGS[flags] in str(stop.value)
     assert "\n" not in str(stop.value)
     assert not (tmp_path / "runs").exists()
 
 
-TRANSFORMER_FLAGS = {
-    "--num-heads 0": "--num-heads 0: expected at least 1",
-    "--num-heads 7": "expected a multiple of --num-heads 7",
-    "--action-bins 1": "--action-bins 1: expected at least 2",
-    "--head continuous --num-components 0": "--num-components 0: expected at least 1",
+@pytest.mark.parametrize("command", BAD_POLICY_FLAGS)
+def test_bad_flags_of_a_policy(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    script, *flags = command.split()
+    with pytest.raises(SystemExit) as stop:
+        run_here(script, *LITTLE, *flags)
+    assert str(stop.value).startswith("error: ") and BAD_POLICY_FLAGS[command] in str(stop.value)
+
+
+def test_unknown_flags(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_here(script, "--no-such-flag", 1)
+    assert stop.value.code == 2 and "--no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", PARALLEL)
+def test_resuming_a_run_of_another_script_or_a_broken_one(script, tmp_path):
+    for text in ('{"env_id": "pointmaze-umaze-play"}', '{"env_id": "point'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(SystemExit, match=r"config\.json is not one of this script's"):
+            run_here(script, "--resume", tmp_path)
+
+
+@pytest.fixture(scope="session")
+def empty_run(tmp_path_factory):
+    """empty_run(script): the directory of a run that took no step, made once per script."""
+    directories = {}
+
+    def get(script):
+        if script not in directories:
+            directories[script] = tmp_path_factory.mktemp(script) / "run"
+            run_here(script, *LITTLE, "--online-steps", 0, "--run-dir", directories[script])
+        return directories[script]
+
+    return get
+
+
+# What no shape tells (or where a shape would tell it less clearly): flags, and the values there and here
+OTHER_POLICIES = {
+    "parl_diffusion --diffusion-steps 4": "--diffusion-steps is 5 there and 4 here",
+    "parl_diffusion --width 32": "--width is 64 there and 32 here",
+    "parl_gaussian --num-layers 1": "--num-layers is 2 there and 1 here",
+    "parl_transformer --num-heads 4": "--num-heads is 8 there and 4 here",
+    "parl_transformer --head continuous": "--head is 'tokens' there and 'continuous' here",
+    "parl_transformer --action-bins 64": "--action-bins is 128 there and 64 here",
+} | {f"{script} --no-normalize-obs": "--normalize-obs is True there and False here" for script in PARALLEL}
+
+
+@pytest.mark.parametrize("by", ["--policy-checkpoint", "--resume"])
+@pytest.mark.parametrize("command", OTHER_POLICIES)
+def test_a_checkpoint_of_another_policy_is_refused(by, command, empty_run, tmp_path):
+    """Loaded into a policy of equal shapes, its numbers would mean something else."""
+    script, *flags = command.split()
+    path = empty_run(script) / "checkpoint.pt"
+    with pytest.raises(SystemExit) as stop:
+        if by == "--resume":
+            run_here(script, by, path.parent, *flags)
+        else:
+            run_here(script, *LITTLE, by, path, *flags, "--run-dir", tmp_path / "run")
+    assert str(stop.value) == f"error: {by} {path}: {OTHER_POLICIES[command]}; expected the same"
+    assert not (tmp_path / "run").exists()
+
+
+OTHER_VALUES = {
+    "--q-min -7": "--q-min is -50.0 there and -7.0 here",
+    "--q-max 1": "--q-max is 0.0 there and 1.0 here",
+    "--num-bins 64": "--num-bins is 128 there and 64 here",
+    "--discount 0.9": "--discount is 0.98 there and 0.9 here",
+    "--reward-bias -2": "--reward-bias is -1.0 there and -2.0 here",
+    "--reward-scale 2": "--reward-scale is 1.0 there and 2.0 here",
+    "--no-sparse-reward": "--sparse-reward is True there and False here",
+    "--policy-checkpoint policy.pt": "--policy-checkpoint is '' there and 'policy.pt' here",
 }
 
 
-@pytest.mark.parametrize("flags", TRANSFORMER_FLAGS)
-def test_bad_flags_of_the_transformer(flags, monkeypatch, tmp_path):
-    module = importlib.import_module("parl_transformer")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["parl_transformer", *flags.split()])
+@pytest.mark.parametrize("script", PARALLEL)
+@pytest.mark.parametrize("flags", OTHER_VALUES)
+def test_a_run_is_not_resumed_with_other_values(script, flags, empty_run):
+    """Its critic's outputs, or the rewards and returns in its buffer, would mean something else; cloning would end."""
     with pytest.raises(SystemExit) as stop:
-        common.main(module.train, module.Args, module.PRESETS, module.__doc__)
-    assert str(stop.value).startswith("error: ") and TRANSFORMER_FLAGS[flags] in str(stop.value)
+        run_here(script, "--resume", empty_run(script), *flags.split())
+    assert OTHER_VALUES[flags] in str(stop.value) and "\n" not in str(stop.value)
 
 
-def test_resuming_a_run_of_another_script_or_a_broken_one(monkeypatch, tmp_path):
-    module = importlib.import_module("parl_transformer")
-    for text in ('{"env_id": "pointmaze-umaze-play"}', '{"env_id": "point'):
-        (tmp_path / "config.json").write_text(text)
-        monkeypatch.setattr("sys.argv", ["parl_transformer", "--resume", str(tmp_path)])
-        with pytest.raises(SystemExit, match=r"config\.json is not one of this script's"):
-            common.main(module.train, module.Args, module.PRESETS, module.__doc__)
+@pytest.mark.parametrize("script", PARALLEL)
+def test_a_run_is_resumed_with_other_settings_of_learning(script, empty_run, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(empty_run(script), directory)
+    flags = ["--bc-lr", 1e-5, "--distill-lr", 1e-5, "--policy-warmup-steps", 3, "--policy-ema-rate", 0.5]
+    flags += ["--num-samples", 16, "--batch-size", 8, "--cql-weight", 1]
+    flags += ["--dropout", 0.3] if script != "parl_gaussian" else []
+    run_here(script, "--resume", directory, *flags)
+    assert json.loads((directory / "config.json").read_text())["num_samples"] == 16
 
 
-def test_unknown_flags_and_bad_checkpoints(script, tmp_path):
-    assert run_script(script, "--no-such-flag", 1, check=False).returncode == 2
-    notes = tmp_path / "notes.pt"
-    notes.write_text("not a checkpoint")
-    result = run_script(script, *SMALL, "--policy-checkpoint", notes, "--run-dir", tmp_path / "run", check=False)
-    assert result.returncode == 1 and "error: --policy-checkpoint" in result.stderr and "Traceback" not in result.stderr
+PHASES_LEFT = [("offline", "bc"), ("distill", "offline"), ("online", "bc"), ("online", "offline_distill")]
+
+
+@pytest.mark.parametrize("phase, name", PHASES_LEFT)
+def test_a_phase_that_a_run_has_left_is_not_gone_back_to(phase, name, empty_run, tmp_path):
+    """More cloning would overwrite what the policy has learned since."""
+    directory, flag = tmp_path / "run", f"--{name.replace('_', '-')}-steps"
+    shutil.copytree(empty_run("parl_gaussian"), directory)
+    checkpoint = torch.load(directory / "checkpoint.pt", weights_only=True)
+    checkpoint["counters"]["phase"], checkpoint["dataset_sha256"] = phase, None
+    checkpoint["args"] |= {"bc_steps": 3, "offline_steps": 3, "offline_distill_steps": 3}
+    torch.save(checkpoint, directory / "checkpoint.pt")
+    args = importlib.import_module("parl_gaussian").Args(**checkpoint["args"])
+    args.resume = str(directory)
+    setattr(args, f"{name}_steps", 4)
+    run = common.Run(args, "parl_gaussian", 4, 2, np.random.default_rng(0))
+    with pytest.raises(
+        common.InputError, match=f"^{flag} 4 with --resume .*: expected at most its 3; it is in {phase}"
+    ):
+        run.begin()
+    for steps in (3, 2):
+        setattr(args, f"{name}_steps", steps)
+        run.begin()
 
 
 def test_run_writes_only_known_columns(tmp_path):

@@ -1,7 +1,10 @@
 """Whole runs of every script, as a user starts them."""
 
+import copy
 import csv
+import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,12 +15,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SMALL, run_script
+from conftest import PARALLEL, ROOT, SMALL, run_here, run_script
 
 import common
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=PARALLEL)
 def script(request):
     return request.param
 
@@ -94,8 +97,8 @@ def test_a_run_leaves_its_files(script, finished):
     assert not list(directory.glob(".*.partial"))
     stdout = (directory / "stdout.txt").read_text()
     assert "--num-samples=8" in stdout and stdout.index("steps to goal") > 0
-    again = run_script(script, *SMALL, "--run-dir", directory, check=False)
-    assert again.returncode == 1 and "holds a run" in again.stderr
+    with pytest.raises(SystemExit, match="holds a run"):
+        run_here(script, *SMALL, "--run-dir", directory)
     checkpoint = load(directory)
     assert checkpoint["script"] == script and checkpoint["counters"]["env_step"] == last["env_step"]
 
@@ -127,7 +130,7 @@ def test_killed_and_resumed_equals_uninterrupted(phase, finished, tmp_path):
     check_kill("parl_diffusion", phase, finished, tmp_path)
 
 
-@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "parl_diffusion"])
+@pytest.mark.parametrize("other", [name for name in PARALLEL if name != "parl_diffusion"])
 def test_killed_and_resumed_others(other, finished, tmp_path):
     check_kill(other, "offline", finished, tmp_path)
 
@@ -138,7 +141,7 @@ def check_kill(script, phase, finished, tmp_path):
     assert code == -signal.SIGKILL and within(load(directory)["counters"], phase)
     with open(directory / "metrics.csv", "a") as file:
         file.write("offline,9999,0,0\noff")  # rows past the checkpoint, the last one half-written
-    run_script(script, "--resume", directory)
+    run_here(script, "--resume", directory)
     assert metrics(directory) == metrics(finished(script))
     assert_same(load(directory), load(finished(script)))
 
@@ -153,7 +156,7 @@ def test_killed_before_anything_happened(finished, tmp_path):
     process.kill()
     process.wait()
     assert load(directory)["counters"]["gradient_step"] == 0
-    run_script("parl_diffusion", "--resume", directory)
+    run_here("parl_diffusion", "--resume", directory)
     assert metrics(directory) == metrics(finished("parl_diffusion"))
     assert_same(load(directory), load(finished("parl_diffusion")))
 
@@ -166,16 +169,79 @@ def test_signals_save_and_exit_cleanly(phase, number, finished, tmp_path):
     directory = tmp_path / "stopped"
     code, output = interrupt("parl_diffusion", directory, phase, number)
     assert code == 0 and "Traceback" not in output and "to go on: --resume" in output
-    run_script("parl_diffusion", "--resume", directory)
+    run_here("parl_diffusion", "--resume", directory)
     assert metrics(directory) == metrics(finished("parl_diffusion"))
     assert_same(load(directory), load(finished("parl_diffusion")))
 
 
-def test_eval_only_repeats_the_last_evaluation_and_writes_nothing(script, finished):
+@pytest.mark.parametrize("other, number", [("parl_gaussian", signal.SIGTERM), ("parl_transformer", signal.SIGINT)])
+def test_signals_save_and_exit_cleanly_others(other, number, finished, monkeypatch, tmp_path, capfd):
+    """In this process, the signal in the middle of an update: offline for one, online for the other."""
+    directory, module, updates = tmp_path / "stopped", importlib.import_module(other), []
+    update_critic, last = module.update_critic, 7 if number == signal.SIGTERM else 25
+
+    def interrupted(*arguments):
+        updates.append(1)
+        if len(updates) == last:
+            os.kill(os.getpid(), number)
+        return update_critic(*arguments)
+
+    monkeypatch.setattr(module, "update_critic", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run_here(other, *SMALL, "--run-dir", directory)
+    assert (
+        stop.value.code == 0 and f"stopped by {number.name}; to go on: --resume {directory}" in capfd.readouterr().out
+    )
+    counters = load(directory)["counters"]
+    assert counters["offline"] == 7 if last == 7 else counters["episode"] == 1
+    monkeypatch.undo()
+    run_here(other, "--resume", directory)
+    assert metrics(directory) == metrics(finished(other))
+    assert_same(load(directory), load(finished(other)))
+
+
+def test_stopped_in_the_distillation_after_offline_rl(monkeypatch, tmp_path):
+    """Resumed there, its optimiser goes on where it was: it starts afresh at the phase's first step alone."""
+    module, flags = importlib.import_module("parl_diffusion"), ["--offline-distill-steps", 10, "--online-steps", 0]
+    run_here("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "whole")
+    update_policy, updates = module.update_policy, []
+
+    def interrupted(*arguments):
+        updates.append(1)
+        if len(updates) == 20 + 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update_policy(*arguments)
+
+    monkeypatch.setattr(module, "update_policy", interrupted)
+    with pytest.raises(SystemExit, match="0"):
+        run_here("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "stopped")
+    assert load(tmp_path / "stopped")["counters"]["distill"] == 4
+    monkeypatch.undo()
+    run_here("parl_diffusion", "--resume", tmp_path / "stopped")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    assert_same(load(tmp_path / "stopped"), load(tmp_path / "whole"))
+
+
+def test_a_second_signal_does_not_wait(monkeypatch, tmp_path):
+    module = importlib.import_module("parl_gaussian")
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(module, "update_policy", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run_here("parl_gaussian", *SMALL, "--run-dir", tmp_path / "run")
+    assert stop.value.code == 130 and load(tmp_path / "run")["counters"]["bc"] == 0
+
+
+def test_eval_only_repeats_the_last_evaluation_and_writes_nothing(script, finished, capsys):
     directory = finished(script)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    result = run_script(script, "--eval-only", "--resume", directory)
-    row = json.loads(result.stdout[result.stdout.index("{") :])
+    run_here(script, "--eval-only", "--resume", directory)
+    stdout = capsys.readouterr().out
+    row = json.loads(stdout[stdout.index("{") :])
     last = common.read_metrics(directory / "metrics.csv")[-1]
     assert row == pytest.approx({name: last[name] for name in row}, rel=1e-4)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
@@ -183,71 +249,67 @@ def test_eval_only_repeats_the_last_evaluation_and_writes_nothing(script, finish
 
 def test_modes(script, finished, tmp_path):
     """Offline only, pure online from a checkpoint without data in the batches, a policy that learns at the end."""
-    run_script(script, *SMALL, "--online-steps", 0, "--offline-distill-steps", 10, "--run-dir", tmp_path / "offline")
+    small = [*SMALL, "--eval-every", 1000]  # evaluated at the ends of phases alone
+    run_here(script, *small, "--online-steps", 0, "--offline-distill-steps", 10, "--run-dir", tmp_path / "offline")
     rows = common.read_metrics(tmp_path / "offline" / "metrics.csv")
     assert [row["phase"] for row in rows][-1] == "distill" and rows[-1]["policy/distill_loss"] > 0
     start = finished(script) / "checkpoint.pt"
-    run_script(
-        script,
-        *SMALL,
-        "--policy-checkpoint",
-        start,
-        "--offline-steps",
-        0,
-        "--offline-ratio",
-        0,
-        "--run-dir",
-        tmp_path / "pure",
-    )
+    flags = ["--policy-checkpoint", start, "--offline-steps", 0, "--offline-ratio", 0]
+    run_here(script, *small, *flags, "--run-dir", tmp_path / "pure")
     rows = common.read_metrics(tmp_path / "pure" / "metrics.csv")
     assert {row["phase"] for row in rows} == {"online"}
     flags = ["--offline-steps", 0, "--policy-utd", 2, "--critic-utd", 3, "--online-episodes", 1]
-    run_script(script, *SMALL, *flags, "--run-dir", tmp_path / "mixed")
+    run_here(script, *small, *flags, "--run-dir", tmp_path / "mixed")
     last = common.read_metrics(tmp_path / "mixed" / "metrics.csv")[-1]
     assert last["gradient_step"] == 20 + 3 * last["env_step"] and last["episode"] == 1
     flags = ["--bc-steps", 0, "--offline-ratio", 0, "--online-episodes", 2, "--online-steps", 1000, "--num-bins", 0]
     flags += ["--no-normalize-obs", "--distill-argmax", "--sample-cache-gb", 0]
-    run_script(script, *SMALL, *flags, "--run-dir", tmp_path / "nothing")
+    run_here(script, *small, *flags, "--run-dir", tmp_path / "nothing")
     rows = common.read_metrics(tmp_path / "nothing" / "metrics.csv")
     assert len(rows) == 2 and json.loads((tmp_path / "nothing" / "config.json").read_text())["dataset_sha256"] is None
 
 
-def test_the_transformers_other_head(tmp_path):
-    run_script("parl_transformer", *SMALL, "--head", "continuous", "--run-dir", tmp_path / "run")
+def test_the_transformers_other_head(tmp_path, capsys):
+    run_here("parl_transformer", *SMALL, "--head", "continuous", "--run-dir", tmp_path / "run")
     rows = common.read_metrics(tmp_path / "run" / "metrics.csv")
     assert rows[-1]["phase"] == "online" and np.isfinite(rows[-1]["policy/distill_loss"])
-    again = run_script("parl_transformer", "--eval-only", "--resume", tmp_path / "run")
-    assert json.loads(again.stdout[again.stdout.index("{") :])["eval/length"] == pytest.approx(rows[-1]["eval/length"])
+    capsys.readouterr()
+    run_here("parl_transformer", "--eval-only", "--resume", tmp_path / "run")
+    stdout = capsys.readouterr().out
+    assert json.loads(stdout[stdout.index("{") :])["eval/length"] == pytest.approx(rows[-1]["eval/length"])
 
 
-def test_policy_checkpoint_is_the_policy_that_starts(finished, tmp_path):
-    """Evaluated before any update, it acts as the one it was taken from."""
-    start = finished("parl_diffusion")
+def test_policy_checkpoint_is_the_policy_that_starts(script, finished, tmp_path):
+    """Before any update of its own it is the one that it was taken from, with the observations' scales it learned."""
+    start = finished(script)
     flags = ["--policy-checkpoint", start / "checkpoint.pt", "--offline-steps", 1, "--online-steps", 0]
-    run_script("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "run")
+    run_here(script, *SMALL, *flags, "--run-dir", tmp_path / "run")
     for name in ("policy", "policy_ema"):
         assert_same(load(tmp_path / "run")[name], load(start)["policy_ema"])
     assert_same(load(tmp_path / "run")["normalizer"], load(start)["normalizer"])
-    for other, message in [(["--width", 32], "differs in shape"), (["--env-id", "pointmaze-medium-play"], "env_id is")]:
-        flags = ["--policy-checkpoint", start / "checkpoint.pt", *other, "--run-dir", tmp_path / "other"]
-        result = run_script("parl_diffusion", *SMALL, *flags, check=False)
-        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+    flags = ["--policy-checkpoint", start / "checkpoint.pt", "--env-id", "pointmaze-medium-play", "--bc-steps", 0]
+    with pytest.raises(SystemExit, match="env_id is pointmaze-umaze-play there; expected pointmaze-medium-play"):
+        run_here(script, *flags, "--offline-ratio", 0, "--num-eval-episodes", 1, "--run-dir", tmp_path / "other")
 
 
-def test_track_offline_and_a_failing_wandb(finished, tmp_path):
+def test_track_offline_and_a_failing_wandb(tmp_path, monkeypatch, capsys):
     flags = [*SMALL, "--track", "--offline-steps", 0, "--online-steps", 0, "--bc-steps", 5]
     result = run_script("parl_diffusion", *flags, "--run-dir", tmp_path / "on", env={"WANDB_MODE": "offline"})
     assert list((tmp_path / "on" / "wandb").glob("offline-run-*/*.wandb")), result.stderr
-    broken = tmp_path / "broken" / "wandb"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("def init(**kwargs):\n    raise ConnectionError('no network')\n")
-    result = run_script("parl_diffusion", *flags, "--run-dir", tmp_path / "off", env={"PYTHONPATH": str(broken.parent)})
-    assert "wandb failed (no network)" in result.stderr and (tmp_path / "off" / "curves.png").exists()
+
+    class Broken:
+        @staticmethod
+        def init(**kwargs):
+            raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", Broken)
+    run_here("parl_diffusion", *flags, "--run-dir", tmp_path / "off")
+    assert "wandb failed (no network)" in capsys.readouterr().err and (tmp_path / "off" / "curves.png").exists()
 
 
 def test_capture_video(tmp_path):
     flags = ["--capture-video", "--offline-steps", 0, "--online-steps", 0, "--bc-steps", 5]
-    run_script("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "run")
+    run_here("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "run")
     videos = sorted((tmp_path / "run" / "videos" / "bc-5").iterdir())
     assert [video.name for video in videos] == [f"episode-100000{i}.mp4" for i in range(3)]
     assert all(video.stat().st_size > 1000 for video in videos)
@@ -266,7 +328,7 @@ def test_another_environment_and_dataset(script, tmp_path):
     names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
     np.savez(tmp_path / "data.npz", **{n: np.stack(v) for n, v in zip(names, zip(*rows, strict=True), strict=True)})
     flags = ["--env-id", "Pendulum-v1", "--dataset-path", tmp_path / "data.npz", "--num-threads", 1]
-    run_script(script, *SMALL, *flags, "--online-steps", 0, "--run-dir", tmp_path / "run")
+    run_here(script, *SMALL, *flags, "--online-steps", 0, "--run-dir", tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["q_min"] < -500 and config["q_max"] == 0 and config["discount"] == 0.99
 
@@ -304,24 +366,25 @@ def test_readme_robot_is_an_environment(monkeypatch):
 
 
 def test_a_loss_that_explodes_stops_the_run_with_one_line(tmp_path):
-    flags = ["--critic-lr", "1e30", "--run-dir", tmp_path / "run"]
-    result = run_script("parl_diffusion", *SMALL, *flags, check=False)
-    assert result.returncode == 1 and "is not finite" in result.stderr and "Traceback" not in result.stderr
+    with pytest.raises(SystemExit, match="is not finite"):
+        run_here("parl_diffusion", *SMALL, "--critic-lr", "1e30", "--run-dir", tmp_path / "run")
     assert load(tmp_path / "run")["counters"]["bc"] == 20
     assert all(torch.isfinite(value).all() for value in load(tmp_path / "run")["critic"].values())
 
 
-def test_help_shows_what_will_run(script):
-    text = run_script(script, "--help", env={"COLUMNS": "300"}).stdout
+def test_help_shows_what_will_run(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit, match="0"):
+        run_here(script, "--help")
+    text = capsys.readouterr().out
     assert "pointmaze-umaze-play" in text and "--num-gradient-steps" in text and "(default: 3)" in text
-    text = run_script(script, "--env-id", "Pendulum-v1", "--help", env={"COLUMNS": "300"}).stdout
-    assert "(default: 3000000)" in text
+    with pytest.raises(SystemExit, match="0"):
+        run_here(script, "--env-id", "Pendulum-v1", "--help")
+    assert "(default: 3000000)" in capsys.readouterr().out
 
 
 def test_traced_updates_agree_with_eager():
     """What --compile traces, without the code generation, which on a CPU needs a C++ compiler and a minute."""
-    import copy
-
     import parl_diffusion as parl
 
     torch.manual_seed(0)
@@ -348,3 +411,21 @@ def test_traced_updates_agree_with_eager():
         critic, copy.deepcopy(critic), torch.optim.Adam(critic.parameters(), fused=True), batch, samples, args
     )
     assert explained.graph_count == 2  # all up to the gradients; Adam and the target's average
+
+
+@pytest.mark.parametrize("name", ["gaussian", "transformer"])
+def test_traced_policy_updates_agree_with_eager(name):
+    """As above, the update of the other policies."""
+    parl = importlib.import_module(f"parl_{name}")
+    torch.manual_seed(0)
+    args = parl.Args(width=16, num_layers=1, **({} if name == "gaussian" else {"dropout": 0.0}))
+    policy = getattr(parl, f"{name.title()}Policy")(3, 2, args)
+    obs, actions = torch.randn(8, 3), torch.rand(8, 2) * 2 - 1
+
+    def losses(update_policy):
+        trained, average = copy.deepcopy(policy), copy.deepcopy(policy)
+        adam = torch.optim.Adam(trained.parameters())
+        return [update_policy(trained, average, adam, obs, actions, lr, args) for lr in (1e-3, 2e-3)]
+
+    traced = common.compiled(parl.update_policy, backend="aot_eager")
+    torch.testing.assert_close(losses(traced), losses(parl.update_policy), rtol=1e-4, atol=1e-5)

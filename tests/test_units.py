@@ -183,6 +183,34 @@ def test_td_target_stops_at_terminals_and_has_no_gradient():
     assert float(critic.head_bias.grad) == pytest.approx(2 * (-4 + 0.6) / 2, rel=1e-5)
 
 
+def test_what_the_critic_loss_draws():
+    """Members drawn once for TD and CQL together, or without replacement; random actions in [0, 1], or not uniform."""
+    args = make_args(num_bins=0, ensemble_size=3, critic_subset=2, cql_n_actions=4)
+    seen = {"td": [], "cql": [], "random": []}
+
+    class Recording(QuadraticCritic):
+        def forward(self, obs, actions, members=None):
+            if members is not None:
+                seen["td" if actions.shape[1] == 1 else "cql"].append(tuple(members.tolist()))
+            if actions.shape[1] == 4 + 2:
+                seen["random"].append(actions[:, :4])
+            q, _ = super().forward(obs, actions)
+            return (q if members is None else q[members]), None
+
+    critic, batch = Recording(3), batch_of()
+    for _ in range(100):
+        parl.critic_loss(critic, critic, batch, args)
+    assert {len(members) for members in seen["td"] + seen["cql"]} == {2}
+    for members in (seen["td"], seen["cql"]):  # all nine pairs, a member beside itself included
+        assert len(set(members)) == 9
+    agree = sum(first == second for first, second in zip(seen["td"], seen["cql"], strict=True))
+    assert agree < 30  # 1 in 9 by chance
+    random = torch.cat(seen["random"]).flatten()
+    assert len(random) == 100 * 6 * 4 * 2 and random.abs().max() <= 1
+    quarters = torch.histc(random, 4, -1, 1) / len(random)
+    torch.testing.assert_close(quarters, torch.full((4,), 0.25), atol=0.03, rtol=0)
+
+
 def test_critic_learns_with_scalar_values_too():
     args = make_args(num_bins=0)
     q, logits = parl.Critic(4, 2, args)(torch.randn(3, 4), torch.rand(3, 5, 2))
@@ -199,12 +227,16 @@ def test_members_are_independent_but_for_the_head():
 
 
 def test_update_critic_learns_from_optimised_actions_at_their_own_states():
-    """Policy actions at obs and next_obs swapped, gradients left from the step before, a target that stands still."""
+    """Policy actions at obs and next_obs swapped, gradients left from the step before, a target that stands still or
+    that does not give the TD target."""
     args = make_args(num_samples=4, num_keep=2, num_gradient_steps=1, action_lr=0.1, critic_subset=1, ensemble_size=1)
     critic, batch = parl.Critic(4, 2, args), batch_of()
     for parameter in critic.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     samples, target = torch.rand(12, 4, 2) * 2 - 1, copy.deepcopy(critic)
+    for parameter in target.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    target_before = copy.deepcopy(target)
     at_obs, at_next = (
         parl.choose(*parl.optimize_actions(critic, obs, part, args))
         for obs, part in ((batch["obs"], samples[:6]), (batch["next_obs"], samples[6:]))
@@ -221,11 +253,10 @@ def test_update_critic_learns_from_optimised_actions_at_their_own_states():
     before, optimizer = copy.deepcopy(critic), torch.optim.SGD(critic.parameters(), lr=0.1)
     torch.manual_seed(1)
     parl.update_critic(critic, target, optimizer, batch, samples, args)
-    for new, old, expected, average in zip(
-        critic.parameters(), before.parameters(), reference.parameters(), target.parameters(), strict=True
-    ):
+    networks = (critic, before, reference, target, target_before)
+    for new, old, expected, average, average_before in zip(*(n.parameters() for n in networks), strict=True):
         torch.testing.assert_close(new, old - 0.1 * expected.grad)
-        torch.testing.assert_close(average, old + args.target_rate * (new - old))
+        torch.testing.assert_close(average, average_before + args.target_rate * (new - average_before))
 
 
 def test_normalizer():
@@ -296,6 +327,27 @@ def test_policy_interface(make_policy, act_dim):
     seeds = [(1, i) for i in range(5)]
     torch.testing.assert_close(policy.sample(obs, 3, seeds)[[2]], policy.sample(obs[[2]], 3, seeds[2:3]))
     assert not torch.equal(policy.sample(obs, 3, seeds), policy.sample(obs, 3, [(2, i) for i in range(5)]))
+
+
+def test_update_policy_by_hand(make_policy):
+    """Gradients left from the step before, the optimiser's own learning rate, another rate of averaging, a policy that
+    is not in training mode."""
+    args = make_args(policy_ema_rate=0.25)
+    policy = make_policy(4, 2).eval()
+    reference, average, before = (copy.deepcopy(policy) for _ in range(3))
+    obs, actions = torch.randn(6, 4), torch.rand(6, 2) - 0.5
+    torch.manual_seed(1)
+    expected = reference.train().loss(obs, actions)
+    expected.backward()
+    for parameter in policy.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    torch.manual_seed(1)
+    loss = parl.update_policy(policy, average, torch.optim.SGD(policy.parameters(), lr=9.0), obs, actions, 0.1, args)
+    assert policy.training and not loss.requires_grad
+    torch.testing.assert_close(loss, expected.detach())
+    for new, old, like, mean in zip(*(n.parameters() for n in (policy, before, reference, average)), strict=True):
+        torch.testing.assert_close(new, old - 0.1 * (0.0 if like.grad is None else like.grad))
+        torch.testing.assert_close(mean, old + 0.25 * (new - old))
 
 
 def test_policy_learns_a_constant_action(make_policy):
@@ -370,6 +422,20 @@ def test_mixture_log_likelihood_by_torch_distributions():
 
 
 @pytest.mark.parametrize("name", ["gaussian", "continuous"])
+def test_standard_deviations_depend_on_the_state_within_limits(name):
+    """One deviation for all states; limits that a runaway deviation passes or that ordinary ones run into."""
+    policy = POLICIES[name](4, 2)
+    layer = policy.output if name == "gaussian" else policy.output[2]
+    layer.weight.data.normal_(0, 0.1)
+    log_stds = policy(torch.randn(8, 4))[1] if name == "gaussian" else policy.mixture(torch.randn(8, 4))[2]
+    assert log_stds.flatten(1).std(0).min() > 1e-4
+    for bias, limit in ((-100.0, -5.0), (100.0, 2.0)):
+        layer.bias.data.fill_(bias)
+        log_stds = policy(torch.randn(8, 4))[1] if name == "gaussian" else policy.mixture(torch.randn(8, 4))[2]
+        assert (log_stds == limit).all()
+
+
+@pytest.mark.parametrize("name", ["gaussian", "continuous"])
 def test_log_likelihood_and_gradient_at_the_bounds(name):
     """Actions of exactly +-1, which gradient steps produce: finite, and the mean is drawn towards them."""
     policy = POLICIES[name](4, 2)
@@ -391,6 +457,22 @@ def test_samples_follow_the_density_that_the_loss_gives(name):
     for low, high in ((-0.9, -0.5), (-0.5, 0.0), (0.0, 0.4), (0.4, 0.9), (-0.9, 0.9)):
         mass = float(density[(grid[:, 0] > low) & (grid[:, 0] < high)].sum() * 0.0005)
         assert float(((samples > low) & (samples < high)).float().mean()) == pytest.approx(mass, abs=0.015)
+
+
+def test_mixture_samples_by_hand(monkeypatch):
+    """The noise that picks a component reused for the action, a component's mean with another's deviation, dimensions
+    exchanged, a weight that counts one position's vote alone."""
+    policy = POLICIES["continuous"](1, 2)
+    votes = torch.tensor([[3.0, 1.0], [0.5, 1.0]]).log()  # per position; the sum: 1.5 to 1
+    means, stds = torch.tensor([[-1.0, 0.8], [-0.6, 1.2]]), torch.tensor([[0.1, 0.2], [0.3, 0.15]])
+    monkeypatch.setattr(policy, "forward", lambda obs: torch.cat([votes, means, stds.log()], -1)[None])
+    x = torch.atanh(policy.sample(torch.zeros(1, 1), 20_000)[0].double()).float()  # (K, A)
+    first = x[:, 0] < 0
+    assert float(first.float().mean()) == pytest.approx(0.6, abs=0.015)
+    for component, drawn in enumerate((x[first], x[~first])):
+        torch.testing.assert_close(drawn.mean(0), means[:, component], atol=0.02, rtol=0)
+        torch.testing.assert_close(drawn.std(0), stds[:, component], atol=0.01, rtol=0)
+        assert abs(float(torch.corrcoef(drawn.T)[0, 1])) < 0.05
 
 
 def test_cached_keys_and_values_give_the_full_computation(monkeypatch):
@@ -438,15 +520,56 @@ def test_draw_inverts_the_cumulative_sum():
     assert parl_transformer.draw(sums_to_less, torch.tensor([[0.4, 0.9999999, 1.0]])).tolist() == [[0, 1, 1]]
 
 
-def test_dropout_is_on_while_training_alone():
+def test_diffusion_draws_a_step_of_its_own_for_every_row(monkeypatch):
+    """One step for the whole batch, the first or the last never learned, noise of another scale."""
+    policy, seen = parl.DiffusionPolicy(4, 2, make_args(diffusion_steps=5)), []
+
+    def record(obs, noisy_actions, steps):
+        seen.append((noisy_actions, steps))
+        return torch.zeros_like(noisy_actions)
+
+    monkeypatch.setattr(policy, "predict_noise", record)
+    loss = policy.loss(torch.zeros(5000, 4), torch.zeros(5000, 2))
+    noisy_actions, steps = seen[0]
+    frequencies = torch.bincount(steps[:, 0], minlength=5) / 5000
+    torch.testing.assert_close(frequencies, torch.full((5,), 0.2), atol=0.03, rtol=0)
+    assert float(loss) == pytest.approx(2.0, abs=0.15)  # of standard normals, summed over two dimensions
+    spread = (noisy_actions / (1 - policy.alpha_bars[steps]).sqrt()).std(0)
+    torch.testing.assert_close(spread, torch.ones(2), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "transformer"])
+def test_dropout_is_on_while_training_alone(name):
     """And its mask is another one in every update."""
-    args = parl_transformer.Args(width=16, num_layers=1, dropout=0.5)
-    policy = parl_transformer.TransformerPolicy(4, 2, args)
+    torch.manual_seed(0)
+    args = (parl if name == "diffusion" else parl_transformer).Args(width=16, num_layers=1, dropout=0.5)
+    policy = (parl.DiffusionPolicy if name == "diffusion" else parl_transformer.TransformerPolicy)(4, 2, args)
     obs, actions = torch.randn(3, 4), torch.zeros(3, 2)
-    assert torch.equal(policy.eval().loss(obs, actions), policy.loss(obs, actions))
-    assert not torch.equal(policy.train().loss(obs, actions), policy.loss(obs, actions))
+    draws = dict(steps=torch.ones(3, 1, dtype=torch.long), noise=torch.randn(3, 2)) if name == "diffusion" else {}
+    assert torch.equal(policy.eval().loss(obs, actions, **draws), policy.loss(obs, actions, **draws))
+    assert not torch.equal(policy.train().loss(obs, actions, **draws), policy.loss(obs, actions, **draws))
     seeds = [(0, i) for i in range(3)]
     assert torch.equal(policy.eval().sample(obs, 2, seeds), policy.sample(obs, 2, seeds))
+
+
+def test_a_transformer_drops_input_attention_and_what_blocks_add(monkeypatch):
+    """Dropout missing at one of its places. Where all is dropped nothing but the output layer's bias is left."""
+    policy, rates = parl_transformer.TransformerPolicy(4, 3, transformer_args("tokens")).train(), []
+    for parameter in policy.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda *qkv, dropout_p, is_causal: rates.append(dropout_p) or attend(*qkv, is_causal=is_causal),
+    )  # fmt: skip
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 1.0
+    logits = policy(torch.randn(5, 4), torch.randint(128, (5, 3)))
+    nothing = policy.output(policy.norm(torch.zeros(16)))
+    torch.testing.assert_close(logits, nothing.expand(5, 3, -1))
+    policy.eval()(torch.randn(5, 4), torch.randint(128, (5, 3)))
+    assert rates == [1.0, 0.0]
 
 
 def test_cached_samples_come_from_the_seed_and_leave_the_generator_alone():
@@ -628,11 +751,10 @@ def test_evaluation_is_the_same_with_1_and_8_environments():
     assert 0 < sum(episode["success"] for episode in one) < len(seeds)
 
 
-def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments():
+def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments(make_policy):
     """Bit for bit, actions included: noise comes from keys, and rounding does not depend on who acts beside whom."""
-    torch.manual_seed(0)
-    args = make_args(num_samples=8, num_keep=3, num_gradient_steps=2, num_bins=128, hidden_dims=(128, 128), width=64)
-    policy, critic = parl.DiffusionPolicy(4, 2, args).eval(), parl.Critic(4, 2, args)
+    args = make_args(num_samples=8, num_keep=3, num_gradient_steps=2, num_bins=128, hidden_dims=(128, 128))
+    policy, critic = make_policy(4, 2).eval(), parl.Critic(4, 2, args)
 
     def act(obs, keys):
         return parl.act(policy, critic, torch.from_numpy(obs), args, keys).numpy()
