@@ -150,9 +150,9 @@ PRESETS = {
     "metaworld": dict(
         discount=0.95, num_threads=1, eval_every=2000, log_every=50, num_eval_episodes=20,
         bc_steps=800, offline_steps=800, online_steps=600, online_episodes=None, batch_size=32,
-        hidden_dims=(128, 128), ensemble_size=2, num_bins=64, critic_lr=1e-3, target_rate=0.02, cql_weight=0.1,
+        hidden_dims=(128, 128), ensemble_size=2, num_bins=64, critic_lr=1e-3, target_rate=0.02, cql_weight=0.3,
         critic_image_size=32, encoder_widths=(16, 32, 32), encoding_width=32, augment_pixels=2,
-        num_keep=3, num_gradient_steps=3, action_lr=5e-3, refresh_states=200,
+        num_keep=3, num_gradient_steps=3, action_lr=5e-3, refresh_states=200, critic_utd=2,
         bc_lr=1e-3, distill_lr=3e-4, policy_warmup_steps=100, policy_ema_rate=0.01,
     ),
 }  # fmt: skip
