@@ -5,7 +5,8 @@ import numpy as np
 
 
 class Dot(gym.Env):
-    """observation {"image": (32, 32, 3) uint8}; action (A,) in [-1, 1], of which the first two move the dot."""
+    """observation {"image": (32, 32, 3) uint8}; action (A,) in [-1, 1], of which the first two move the dot. It is
+    in the middle from the fourth step on, if it is not at the border."""
 
     instruction = "push the dot to the middle"
 
@@ -16,12 +17,13 @@ class Dot(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.position = self.np_random.uniform(-1, 1, 2)
+        self.position, self.steps = self.np_random.uniform(-1, 1, 2), 0
         return self.observe(), {}
 
     def step(self, action):
         self.position = (self.position + 0.5 * np.asarray(action[:2])).clip(-1, 1)
-        success = bool(np.abs(self.position).max() < 0.3)
+        self.steps += 1
+        success = bool(self.steps >= 4 and np.abs(self.position).max() < 0.8)
         return self.observe(), 0.0, False, False, {"success": success}  # pays nothing: success alone counts
 
     def observe(self):

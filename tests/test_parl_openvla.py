@@ -268,13 +268,12 @@ def test_a_run_goes_through_all_phases(finished):
     assert online["states"].dtype == torch.uint8 and online["states"].shape[1:] == (64, 64, 3)
     # the environment pays nothing: success is the reward, and the end
     assert set(online["rewards"].tolist()) <= {-1.0, 0.0}
-    assert torch.equal(online["rewards"] == 0, online["masks"] == 0)
+    assert (online["masks"] == 0).any() and torch.equal(online["rewards"] == 0, online["masks"] == 0)
     failed = online["mc_returns"][online["mc_returns"] < -99]
-    assert len(failed) in (0, 8, 16, 24)  # r / (1 - discount) throughout an episode of 8 steps that fails
+    assert len(failed) in (0, 8, 16)  # r / (1 - discount) throughout an episode of 8 steps that fails
     # three distillations; the states of a batch have samples, by several versions
     assert checkpoint["store"]["version"] == 3
     versions = checkpoint["store"]["versions"]
-    assert len(versions) == len(online["states"]) + versions.numel() - len(online["states"])
     assert set(versions.tolist()) <= {-1, 0, 1, 2, 3} and (versions == 3).sum() >= 5
 
 
