@@ -887,14 +887,11 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = len(obs)
-    if not obs.is_cuda and not torch.compiler.is_compiling():  # few enough that a layer's activations stay in the cache
-        states = max(1, 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims)))
-    parts = list(zip(obs.split(states), candidates.split(states), strict=True))
-    own = [None] * len(parts) if dataset_actions is None else dataset_actions.split(states)
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
+    own = () if dataset_actions is None else (dataset_actions,)
     results = [
-        ascend(critic, part, rerank(critic, part, some, args, own_part), args)
-        for (part, some), own_part in zip(parts, own, strict=True)
+        ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
+        for part, some, *own_part in common.cache_sized(states, obs, candidates, *own)
     ]
     actions, q = (torch.cat(values) for values in zip(*results, strict=True))
     return actions, q
@@ -1241,8 +1238,8 @@ def train(args: Args) -> Path:
     critic = Critic(args.encoding_width, act_dim, args).to(device)
     target_critic = copy.deepcopy(critic)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    policy_optimizer = torch.optim.Adam(trained, lr=args.bc_lr)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr)
+    policy_optimizer = torch.optim.Adam(trained, lr=args.bc_lr, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
     improve_critic = torch.compile(update_critic) if args.compile else update_critic
     store = SampleStore(act_dim, args)
     store.grow(dataset.num_states)

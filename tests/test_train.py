@@ -18,7 +18,7 @@ BATCH, SAMPLES, BC, OFFLINE, DISTILL, ONLINE = 8, 4, 40, 12, 5, 25  # rows, K, s
 POLICY_UTD, CRITIC_UTD, BC_LR, DISTILL_LR, CRITIC_LR = 2, 3, 1e-3, 2e-3, 3e-3
 
 
-class Dot(gym.Env):
+class Line(gym.Env):
     """A dot that the first action pushes along a line towards 2."""
 
     observation_space, action_space = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Box(-1, 1, (2,))
@@ -36,12 +36,12 @@ class Dot(gym.Env):
         return self.observe(), float(self.x > 1), self.x > 1, False, {"success": self.x > 1}
 
 
-gym.register("Dot-v0", entry_point=Dot, max_episode_steps=6)
+gym.register("Line-v0", entry_point=Line, max_episode_steps=6)
 
 
 def write_demonstrations(path, num_episodes=5):
     rng, rows = np.random.default_rng(0), []
-    env = gym.make("Dot-v0")
+    env = gym.make("Line-v0")
     for episode in range(num_episodes):
         obs, done = env.reset(seed=episode)[0], False
         while not done:
@@ -126,7 +126,7 @@ def spied_run(script, directory, *flags):
         patch.setattr(common, "sample_both", spy_both)
         patch.setattr(common, "evaluate", spy_evaluate)
         run_here(
-            script, "--env-id", "Dot-v0", "--dataset-path", directory / "data.npz", "--run-dir", directory / "run",
+            script, "--env-id", "Line-v0", "--dataset-path", directory / "data.npz", "--run-dir", directory / "run",
             "--sparse-reward", "--reward-bias", -1, "--discount", 0.9, "--num-threads", 1, "--batch-size", BATCH,
             "--bc-steps", BC, "--offline-steps", OFFLINE, "--offline-distill-steps", DISTILL, "--online-steps", ONLINE,
             "--policy-utd", POLICY_UTD, "--critic-utd", CRITIC_UTD, "--num-samples", SAMPLES, "--num-keep", 2,
