@@ -577,7 +577,6 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
     batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number.
     """
     episodes = [{"observations": [], "steps": [], "success": False, "frames": []} for _ in seeds]
-    dtype = np.uint8 if envs[0].observation_space.dtype == np.uint8 else np.float32
     waiting = [deque(range(i, len(seeds), len(envs))) for i in range(len(envs))]  # who runs what is settled beforehand
     running = {}  # environment -> episode
     while any(waiting) or running:
@@ -585,7 +584,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
             if i not in running and waiting[i]:
                 running[i] = waiting[i].popleft()
                 episodes[running[i]]["observations"].append(env.reset(seed=int(seeds[running[i]]))[0])
-        obs = np.stack([episodes[j]["observations"][-1] for j in running.values()]).astype(dtype)
+        obs = stacked([episodes[j]["observations"][-1] for j in running.values()])
         keys = [(int(seeds[j]), len(episodes[j]["steps"])) for j in running.values()]
         padding = max(0, batch_size - len(obs))
         actions = act(np.concatenate([obs, obs[:1].repeat(padding, 0)]), keys + keys[:1] * padding)[: len(obs)]
@@ -604,9 +603,15 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
             Path(video_dir).mkdir(parents=True, exist_ok=True)
             imageio.mimwrite(Path(video_dir) / f"episode-{seed}.mp4", frames, fps=12)
         steps = zip(*episode.pop("steps"), strict=True)
-        episode["observations"] = np.stack(episode["observations"]).astype(dtype)
+        episode["observations"] = stacked(episode["observations"])
         episode |= {name: np.stack(values) for name, values in zip(("actions", "rewards", "masks"), steps, strict=True)}
     return episodes
+
+
+def stacked(observations):
+    """A list of observations as one array, float32, or uint8 where they are images."""
+    array = np.stack(observations)
+    return array if array.dtype == np.uint8 else array.astype(np.float32)
 
 
 def evaluate(envs, act, num_episodes, prefix="eval/"):
