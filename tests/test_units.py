@@ -771,8 +771,6 @@ def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments(make_polic
 
 def test_means_over_episodes():
     class Fixed(gym.Env):
-        observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-
         def reset(self, seed=None, options=None):
             self.seed, self.t = seed - common.EVALUATION_SEED, 0
             return np.zeros(1, np.float32), {}
