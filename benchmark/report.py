@@ -5,6 +5,7 @@ python benchmark/report.py     # writes benchmark/pointmaze.md and benchmark/*.p
 
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -107,7 +108,7 @@ def plot(seeds, title, path):
     axis.set(ylim=(-0.03, 1.03), xlabel="updates (cloning, then critic)", ylabel="success rate, 100 episodes")
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 90, break_on_hyphens=False), fontsize="medium")
     figure.savefig(path, dpi=120)
 
 
