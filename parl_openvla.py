@@ -70,7 +70,7 @@ from common import InputError
 class Args:
     """Defaults are the paper's for OpenVLA where it has them; PRESETS holds what a family changes; a flag wins."""
 
-    env_id: str = "metaworld-handle-press"  # any metaworld-*, or gymnasium id whose observations have an "image"
+    env_id: str = "metaworld-drawer-close"  # any metaworld-*, or gymnasium id whose observations have an "image"
     instruction: str = ""  # what the policy is told; empty: the environment's
     dataset_path: str = ""  # .hdf5 or .npz: observations (images), actions, rewards, terminals, timeouts
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
@@ -148,11 +148,11 @@ class Args:
 # What a family of environments changes, here for the tiny model. A flag on the command line wins over all of it.
 PRESETS = {
     "metaworld": dict(
-        discount=0.95, num_threads=1, eval_every=2000, log_every=50, num_eval_episodes=20,
-        bc_steps=800, offline_steps=800, online_steps=600, online_episodes=None, batch_size=32,
-        hidden_dims=(128, 128), ensemble_size=2, num_bins=64, critic_lr=1e-3, target_rate=0.02, cql_weight=0.3,
+        discount=0.95, num_threads=1, eval_every=400, log_every=50, num_eval_episodes=20,
+        bc_steps=1200, offline_steps=1200, online_steps=1000, online_episodes=None, batch_size=32,
+        hidden_dims=(128, 128), ensemble_size=2, num_bins=64, critic_lr=1e-3, target_rate=0.05, cql_weight=0.3,
         critic_image_size=32, encoder_widths=(16, 32, 32), encoding_width=32, augment_pixels=2,
-        num_keep=3, num_gradient_steps=3, action_lr=5e-3, refresh_states=200, critic_utd=2,
+        num_keep=3, num_gradient_steps=3, action_lr=0.02, refresh_states=200, critic_utd=2,
         bc_lr=1e-3, distill_lr=3e-4, policy_warmup_steps=100, policy_ema_rate=0.01,
     ),
 }  # fmt: skip
