@@ -148,8 +148,8 @@ class Args:
 # What a family of environments changes, here for the tiny model. A flag on the command line wins over all of it.
 PRESETS = {
     "metaworld": dict(
-        discount=0.95, num_threads=1, eval_every=400, log_every=50, num_eval_episodes=20,
-        bc_steps=1200, offline_steps=1200, online_steps=1000, online_episodes=None, batch_size=32,
+        discount=0.95, num_threads=1, eval_every=500, log_every=50, num_eval_episodes=20,
+        bc_steps=1200, offline_steps=1200, online_steps=1500, online_episodes=None, batch_size=32,
         hidden_dims=(128, 128), ensemble_size=2, num_bins=64, critic_lr=1e-3, target_rate=0.05, cql_weight=0.3,
         critic_image_size=32, encoder_widths=(16, 32, 32), encoding_width=32, augment_pixels=2,
         num_keep=3, num_gradient_steps=3, action_lr=0.02, refresh_states=200, critic_utd=2,
