@@ -418,14 +418,8 @@ def action_bounds(env):
     return inner.action_space.low, inner.action_space.high
 
 
-DATASET_KEYS = (
-    "observations",
-    "actions",
-    "rewards",
-    "terminals",
-    "timeouts",
-    "next_observations",
-)  # the last: optional
+# the last one is optional
+DATASET_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
 
 def dataset_file(env_id, dataset_path="", image_size=0):
@@ -622,10 +616,8 @@ def evaluate(envs, act, num_episodes, prefix="eval/"):
     means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
     means |= {"return": np.mean([e["rewards"].sum() for e in episodes])}
     means |= {"steps_to_goal": np.mean(lengths[True])} if lengths[True] else {}
-    if prefix == "eval/" and envs[0].has_wrapper_attr(
-        "normalized_score"
-    ):  # D4RL's, in percent, of an episode's rewards
-        score = envs[0].get_wrapper_attr("normalized_score")
+    if prefix == "eval/" and envs[0].has_wrapper_attr("normalized_score"):
+        score = envs[0].get_wrapper_attr("normalized_score")  # D4RL's, in percent, of an episode's rewards
         means |= {"normalized_score": np.mean([score(e["rewards"]) for e in episodes])}
     return {prefix + name: float(value) for name, value in means.items()}
 

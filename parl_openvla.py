@@ -110,9 +110,7 @@ class Args:
     num_keep: int = 4  # of which the critic keeps the best (M)
     num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
     action_lr: float = 3e-4  # their step size (alpha)
-    refresh_states: int = (
-        1000  # at so many states samples are drawn again after an episode's distillation, oldest first
-    )
+    refresh_states: int = 1000  # at so many, oldest first, samples are drawn again after an episode's distillation
     # online fine-tuning
     policy_utd: int = 1  # distillation steps per environment step
     critic_utd: int = 1  # critic updates per environment step
@@ -499,10 +497,8 @@ class OpenVLAPolicy(nn.Module):
         caches = [h.new_empty(cache_shape) for _ in model["layers"]]
         mask = suffix_mask(lengths, P, K, A - 1)
         h = self.read(h, torch.arange(P, device=h.device)[None], caches=caches)
-        h, tokens = (
-            h[torch.arange(B, device=h.device), lengths - 1][:, None],
-            [],
-        )  # (B, 1, W): what all samples have read
+        h = h[torch.arange(B, device=h.device), lengths - 1][:, None]  # (B, 1, W): what all samples have read
+        tokens = []
         for d in range(A):
             probs = torch.softmax(F.linear(model["norm"](h), action_rows).float(), -1)  # (B, 1 or K, 256)
             probs = probs.expand(B, K, -1).flatten(0, 1)

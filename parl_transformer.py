@@ -215,9 +215,7 @@ class TransformerPolicy(nn.Module):
         each position sees those of the dimensions before it."""
         h = self.embed_obs(obs)[:, None]  # (B, 1, W)
         if self.tokens:
-            first = torch.arange(self.act_dim - 1, device=obs.device) * len(
-                self.values
-            )  # row of each dimension's table
+            first = len(self.values) * torch.arange(self.act_dim - 1, device=obs.device)  # row of a dimension's table
             h = torch.cat([h, F.embedding(tokens[:, :-1] + first, self.embed_tokens.flatten(0, 1))], 1)  # (B, A, W)
         else:
             h = F.pad(h, (0, 0, 0, self.act_dim - 1))  # (B, A, W): position d > 0 holds nothing but its place

@@ -343,6 +343,30 @@ def test_torchrun_gives_the_run_of_one_process(finished, dataset, tmp_path):
             torch.testing.assert_close(load(tmp_path / "run")[name][key], value, rtol=1e-3, atol=1e-4)
 
 
+def test_torchrun_goes_on_after_a_killed_process(finished, dataset, tmp_path):
+    """It starts all of them again, from the checkpoint: the run ends as it would have."""
+    directory = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29513"]
+    flags = [*map(str, SMALL), "--dataset-path", str(dataset), "--run-dir", str(directory)]
+    process = subprocess.Popen(
+        [*torchrun, "--max-restarts", "1", "parl_openvla.py", *flags],
+        cwd=ROOT, env={**os.environ, **PATHS, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None:
+        time.sleep(0.05)
+        table = directory / "metrics.csv"
+        if table.exists() and "online" in table.read_text() and load(directory)["counters"]["episode"]:
+            break
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resumed in phase online" in output
+    table, expected = (common.read_metrics(run / "metrics.csv") for run in (directory, finished))
+    assert [(row["phase"], row["env_step"]) for row in table] == [(row["phase"], row["env_step"]) for row in expected]
+    for key, value in load(finished)["policy_ema"].items():
+        torch.testing.assert_close(load(directory)["policy_ema"][key], value, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
