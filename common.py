@@ -670,9 +670,8 @@ class Run:
     """
 
     def __init__(self, args, script, obs_dim, act_dim, generator, silent=False):
-        name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%y%m%d-%H%M%S')}".translate(
-            str.maketrans("/:", "--")
-        )
+        name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%y%m%d-%H%M%S')}"
+        name = name.translate(str.maketrans("/:", "--"))
         self.directory = Path(args.resume or args.run_dir or f"runs/{name}")
         self.identity = dict(script=script, env_id=args.env_id, obs_dim=obs_dim, act_dim=act_dim)
         self.args, self.generator, self.kept, self.silent = args, generator, {}, silent

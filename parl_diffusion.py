@@ -155,9 +155,10 @@ def dense(inputs, outputs, lecun=False):
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.bias)
     std = inputs**-0.5 / 0.87962566  # of the normal before truncation
-    nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std) if lecun else nn.init.orthogonal_(
-        layer.weight, 2**0.5
-    )
+    if lecun:
+        nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std)
+    else:
+        nn.init.orthogonal_(layer.weight, 2**0.5)
     return layer
 
 
