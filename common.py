@@ -82,11 +82,12 @@ def seeded_normal(shape, seeds=None, device="cpu"):
 
 
 def cache_sized(rows, *tensors):
-    """Tuples of the tensors' rows, at most `rows` (and at least 1) at a time: on a CPU an operation is faster while the
-    result of the one before is in the cache. All rows at once on a GPU and while compiling."""
+    """Tuples of the tensors' rows, in equal parts of at most `rows` (and at least 1): on a CPU an operation is faster
+    while the result of the one before is in the cache. All rows at once on a GPU and while compiling."""
     if tensors[0].is_cuda or torch.compiler.is_compiling():
         return [tensors]
-    return list(zip(*(tensor.split(max(1, rows)) for tensor in tensors), strict=True))
+    num_parts = max(1, math.ceil(len(tensors[0]) / max(1, rows)))
+    return list(zip(*(tensor.chunk(num_parts) for tensor in tensors), strict=True))
 
 
 class Normalizer(torch.nn.Module):

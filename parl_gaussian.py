@@ -305,7 +305,7 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))  # a hidden layer of 2 MB
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, *own_part), args)

@@ -883,7 +883,7 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))  # a hidden layer of 2 MB
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
@@ -1236,7 +1236,7 @@ def train(args: Args) -> Path:
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     policy_optimizer = torch.optim.Adam(trained, lr=args.bc_lr, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
-    improve_critic = torch.compile(update_critic) if args.compile else update_critic
+    improve_critic = common.compiled(update_critic) if args.compile else update_critic
     store = SampleStore(act_dim, args)
     store.grow(dataset.num_states)
 

@@ -4,11 +4,13 @@ python benchmark/profile_run.py parl_diffusion                  # its default ru
 python benchmark/profile_run.py parl_diffusion --antmaze 40     # 40 offline updates at the AntMaze sizes
 
 The second needs no AntMaze: made-up data in D4RL's format, an environment of its observation and action size that does
-nothing. Each function below is timed without the others that it calls, so that the rows add up. On a CPU only: a GPU
-works on after the call returns. Writes benchmark/profile_{script}.md, with --antmaze profile_{script}_antmaze.md.
+nothing. Each function below is timed without the others that it calls, but for three that are timed whole, so that the
+rows add up; imports come before. On a CPU only: a GPU works on after the call returns. Writes
+benchmark/profile_{script}.md, with --antmaze profile_{script}_antmaze.md.
 """
 
 import importlib
+import shlex
 import sys
 import tempfile
 import time
@@ -31,6 +33,9 @@ POLICIES = {
     "parl_transformer": "TransformerPolicy",
 }
 ALGORITHM = ("sampling", "optimising actions", "critic's loss and step", "policy's loss and step")
+# what a long run does once, or once in thousands of updates
+RARE = ("filling the sample cache", "evaluation", "opt/ columns of the log", "making environments", "reading data")
+RARE += ("writing metrics", "writing checkpoints", "drawing curves")
 
 
 @dataclass
@@ -48,18 +53,22 @@ class Stopwatch:
     """seconds[name]: time inside functions of that name, less what they spend in others that are timed."""
 
     def __init__(self):
-        self.seconds, self.inside, self.calls = {}, [0.0], {}
+        self.seconds, self.inside, self.calls, self.whole = {}, [0.0], {}, 0
 
-    def time(self, owner, attribute, name):
-        """Replaces the function `attribute` of a module or class by one that is timed."""
+    def time(self, owner, attribute, name, whole=False):
+        """Has the function `attribute` of a module or class timed; whole: with all that it calls."""
         function = getattr(owner, attribute)
 
         def timed(*args, **kwargs):
+            if self.whole:
+                return function(*args, **kwargs)
+            self.whole = int(whole)
             began = time.perf_counter()
             self.inside.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
+                self.whole = 0
                 elapsed = time.perf_counter() - began
                 self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self.inside.pop()
                 self.calls[name] = self.calls.get(name, 0) + 1
@@ -103,8 +112,11 @@ def default_args(module, options):
 def main(options):
     module, watch = importlib.import_module(options.script), Stopwatch()
     watch.time(getattr(module, POLICIES[options.script]), "sample", "sampling")
-    for name in ("optimize_actions", "choose", "optimization_info"):
+    for name in ("optimize_actions", "choose"):
         watch.time(module, name, "optimising actions")
+    watch.time(module, "cached_samples", "filling the sample cache", whole=True)
+    watch.time(module, "optimization_info", "opt/ columns of the log", whole=True)
+    watch.time(common, "evaluate", "evaluation", whole=True)
     watch.time(module, "update_critic", "critic's loss and step")
     watch.time(module, "update_policy", "policy's loss and step")
     watch.time(common, "run_episodes", "environment")
@@ -123,14 +135,18 @@ def main(options):
     total, threads = time.perf_counter() - began, torch.get_num_threads()
     watch.seconds["all else"] = total - sum(watch.seconds.values())
     rows = sorted(watch.seconds.items(), key=lambda row: -row[1])
-    share = sum(watch.seconds.get(name, 0.0) for name in ALGORITHM) / total
+    algorithm, rare = (sum(watch.seconds.get(name, 0.0) for name in names) for names in (ALGORITHM, RARE))
     lines = [
-        f"`python benchmark/profile_run.py {' '.join(sys.argv[1:])}`, torch {torch.__version__}, {threads} threads",
+        f"`python benchmark/profile_run.py {shlex.join(sys.argv[1:])}`, torch {torch.__version__}, {threads} threads",
         "",
     ]
     lines += ["| | seconds | share | calls |", "|---|---|---|---|"]
     lines += [f"| {name} | {s:.2f} | {s / total:.1%} | {watch.calls.get(name, '')} |" for name, s in rows]
-    lines += ["", f"The algorithm's own tensor work: {share:.1%} of {total:.1f} s ({', '.join(ALGORITHM)})."]
+    lines += [
+        "",
+        f"The algorithm's own tensor work ({', '.join(ALGORITHM)}): {algorithm / total:.1%} of {total:.1f} s.",
+    ]
+    lines += [f"Of the time without what a long run does rarely ({', '.join(RARE)}): {algorithm / (total - rare):.1%}."]
     path = HERE / f"profile_{options.script}{'_antmaze' if options.antmaze else ''}.md"
     path.write_text("\n".join(lines) + "\n")
     print(path.read_text())

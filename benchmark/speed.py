@@ -5,14 +5,15 @@ python benchmark/speed.py --settings antmaze --policies diffusion --device cuda 
 python benchmark/speed.py --growth                 # a critic update as K, T, E and the batch double: growth.md, .csv
 
 Times are medians over repeats in one process, the operations taking turns, with the machine's own matrix product
-(float32, 4096 x 1024 x 1024) among them: `of sgemm` is an operation's GFLOP/s as a share of it. GFLOP counts matrix
-products. Memory is the process's highest resident size, or on a GPU what torch allocated at most.
+(sgemm: float32, 4096 x 1024 x 1024) among them: `of sgemm` is an operation's GFLOP/s as a share of it. GFLOP counts
+matrix products. Memory is the process's highest resident size, or on a GPU what torch allocated at most.
 """
 
 import copy
 import csv
 import multiprocessing
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -145,6 +146,8 @@ def measure(setting, policy_name, options, only=None, **changes):
         with FlopCounter() as counter:
             (eager if options.compile else function)()
         gigaflops[name] = counter.total / 1e9
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     left, right = (torch.randn(n, 1024, device=options.device) for n in (4096, 1024))
     functions["sgemm"] = lambda: left @ right
     times = {name: [] for name in functions}
@@ -170,13 +173,17 @@ def in_own_process(function, *arguments, **keywords):
         return pool.apply(function, arguments, keywords)
 
 
+def digits(value):
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def write(rows, name, title):
     """name.csv and name.md in this folder."""
     with open(HERE / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    cells = [[digits(value) if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *cells]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     (HERE / f"{name}.md").write_text(f"{title}\n\n{table}\n")
@@ -185,7 +192,7 @@ def write(rows, name, title):
 
 def main(options):
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} threads"
-    title = f"`python benchmark/speed.py {' '.join(sys.argv[1:])}`, torch {torch.__version__}, {where}"
+    title = f"`python benchmark/speed.py {shlex.join(sys.argv[1:])}`, torch {torch.__version__}, {where}"
     rows = []
     if options.growth:
         only = "critic update, cached samples"

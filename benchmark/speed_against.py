@@ -9,6 +9,7 @@ every turn. At the AntMaze sizes, eager, on a CPU. Adds a table to benchmark/spe
 
 import copy
 import importlib
+import shlex
 import statistics
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def main(options):
                     elapsed = workers[name].milliseconds(operation)
                     if turn >= 0:  # the turn before the first warms up
                         times[operation, name].append(elapsed)
-    lines = [f"`python benchmark/speed_against.py {' '.join(sys.argv[1:])}`, torch {torch.__version__}", ""]
+    lines = [f"`python benchmark/speed_against.py {shlex.join(sys.argv[1:])}`, torch {torch.__version__}", ""]
     lines += ["| | before, ms | now, ms | before / now | of each turn |", "|---|---|---|---|---|"]
     for operation in options.operations:
         before, now = (times[operation, name] for name in ("before", "now"))
