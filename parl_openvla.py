@@ -1118,13 +1118,16 @@ def join_ranks(args):
         raise InputError("--run-dir: expected a folder; with torchrun a restart goes on from the checkpoint in it")
     if args.batch_size % number:
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {number} processes")
-    if Path(args.run_dir, "checkpoint.pt").exists() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if Path(args.run_dir, "checkpoint.pt").exists() and int(restarts):
         args.resume = args.run_dir
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(days=1)  # the others wait while rank 0 evaluates or a robot moves
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    store, rank, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(restarts, store)  # the store outlives a restart, with the addresses of those before
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=number, timeout=timeout)
 
 
 def average_gradients(policy):

@@ -382,7 +382,9 @@ def test_what_ranks_cannot_share(flags, message, monkeypatch):
 
 def test_a_restart_of_torchrun_goes_on_from_the_checkpoint(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(parl.dist, "init_process_group", lambda *all, **named: None)
+    stores = []
+    monkeypatch.setattr(parl.dist, "rendezvous", lambda url: iter([(parl.dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(parl.dist, "init_process_group", lambda *all, store, **named: stores.append(store))
     (tmp_path / "checkpoint.pt").touch()
     for count, resume in (("0", ""), ("1", str(tmp_path))):
         args = parl.Args(run_dir=str(tmp_path), device="cpu")
