@@ -382,8 +382,8 @@ def test_what_ranks_cannot_share(flags, message, monkeypatch):
 
 def test_a_restart_of_torchrun_goes_on_from_the_checkpoint(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    stores = []
-    monkeypatch.setattr(parl.dist, "rendezvous", lambda url: iter([(parl.dist.HashStore(), 0, 2)]))
+    agents_store, stores = parl.dist.HashStore(), []
+    monkeypatch.setattr(parl.dist, "rendezvous", lambda url: iter([(agents_store, 0, 2)]))
     monkeypatch.setattr(parl.dist, "init_process_group", lambda *all, store, **named: stores.append(store))
     (tmp_path / "checkpoint.pt").touch()
     for count, resume in (("0", ""), ("1", str(tmp_path))):
@@ -391,6 +391,8 @@ def test_a_restart_of_torchrun_goes_on_from_the_checkpoint(monkeypatch, tmp_path
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         parl.join_ranks(args)
         assert args.resume == resume
+    stores[0].set("address", "of a process that was killed")
+    assert not stores[1].check(["address"])
 
 
 # ---------------------------------------- environments and errors ----------------------------------------
