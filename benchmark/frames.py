@@ -55,8 +55,10 @@ def main(options):
     strips = figure.subplots(2, options.num_frames)
     for axes, run, optimised in zip(strips, (options.cloned, options.improved), (False, True), strict=True):
         frames, success = episode(run, options.start, optimised)
-        times = np.linspace(0, len(frames) - 1, options.num_frames).round().astype(int)
-        for axis, time in zip(axes, times, strict=True):
+        times = np.unique(np.linspace(0, len(frames) - 1, options.num_frames).round().astype(int))
+        for axis in axes[len(times) :]:
+            axis.set_axis_off()
+        for axis, time in zip(axes, times, strict=False):  # a short episode has fewer frames
             axis.imshow(frames[time])
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(f"action {time}", fontsize="small")
