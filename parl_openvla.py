@@ -110,7 +110,7 @@ class Args:
     num_keep: int = 4  # of which the critic keeps the best (M)
     num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
     action_lr: float = 3e-4  # their step size (alpha)
-    refresh_states: int = 1000  # at so many, oldest first, samples are drawn again after an episode's distillation
+    refresh_states: int = 1000  # whose samples are drawn again after an episode's distillation, oldest first
     # online fine-tuning
     policy_utd: int = 1  # distillation steps per environment step
     critic_utd: int = 1  # critic updates per environment step

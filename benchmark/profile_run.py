@@ -27,11 +27,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
 
-POLICIES = {
-    "parl_gaussian": "GaussianPolicy",
-    "parl_diffusion": "DiffusionPolicy",
-    "parl_transformer": "TransformerPolicy",
-}
 ALGORITHM = ("sampling", "optimising actions", "critic's loss and step", "policy's loss and step")
 # what a long run does once, or once in thousands of updates
 RARE = ("filling the sample cache", "evaluation", "opt/ columns of the log", "making environments", "reading data")
@@ -111,7 +106,7 @@ def default_args(module, options):
 
 def main(options):
     module, watch = importlib.import_module(options.script), Stopwatch()
-    watch.time(getattr(module, POLICIES[options.script]), "sample", "sampling")
+    watch.time(getattr(module, f"{options.script.removeprefix('parl_').title()}Policy"), "sample", "sampling")
     for name in ("optimize_actions", "choose"):
         watch.time(module, name, "optimising actions")
     watch.time(module, "cached_samples", "filling the sample cache", whole=True)

@@ -23,11 +23,6 @@ import torch
 import tyro
 
 HERE = Path(__file__).parent
-POLICIES = {
-    "parl_gaussian": "GaussianPolicy",
-    "parl_diffusion": "DiffusionPolicy",
-    "parl_transformer": "TransformerPolicy",
-}
 O, A = 29, 8  # AntMaze's observation and action dimensions
 OPERATIONS = ("critic update", "distillation step", "cloning step", "sampling", "acting on 1 state")
 
@@ -59,7 +54,10 @@ def operations(options):
     args = module.Args(
         **{name: value for name, value in sizes.items() if name in {f.name for f in fields(module.Args)}}
     )
-    policy, critic = getattr(module, POLICIES[options.script])(O, A, args), module.Critic(O, A, args)
+    policy, critic = (
+        getattr(module, f"{options.script.removeprefix('parl_').title()}Policy")(O, A, args),
+        module.Critic(O, A, args),
+    )
     policy_ema, target_critic = (copy.deepcopy(network) for network in (policy, critic))
     policy_ema.eval()
     fused = {"fused": True} if "fused=True" in Path(module.__file__).read_text() else {}
