@@ -105,6 +105,16 @@ def test_states_in_parts_are_the_states_at_once():
         parl.optimize_actions(critic, obs, candidates, args, own[:40])
 
 
+def test_parts_are_equal_and_fit():
+    numbers = torch.arange(45)
+    for rows, sizes in ((20, [15, 15, 15]), (45, [45]), (1000, [45]), (44, [23, 22]), (0, 45 * [1])):
+        parts = common.cache_sized(rows, numbers, 2 * numbers)
+        assert [len(part) for part, _ in parts] == sizes
+        assert all(torch.equal(2 * part, double) for part, double in parts)
+        assert torch.equal(torch.cat([part for part, _ in parts]), numbers)
+    assert [len(part) for (part,) in common.cache_sized(20, numbers[:0])] == [0]
+
+
 def test_no_gradient_is_left_behind():
     """A backward() in place of autograd.grad would fill parameters' .grad; a missing detach would keep a graph."""
     args = make_args()
