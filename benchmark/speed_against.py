@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -51,13 +51,9 @@ def operations(options):
         common.keep_freed_memory()
     sizes = dict(hidden_dims=(256,) * 4, ensemble_size=options.ensemble_size, batch_size=options.batch_size)
     sizes |= dict(q_min=-100.0, q_max=0.0)
-    args = module.Args(
-        **{name: value for name, value in sizes.items() if name in {f.name for f in fields(module.Args)}}
-    )
-    policy, critic = (
-        getattr(module, f"{options.script.removeprefix('parl_').title()}Policy")(O, A, args),
-        module.Critic(O, A, args),
-    )
+    args = module.Args(**sizes)
+    policy_class = getattr(module, f"{options.script.removeprefix('parl_').title()}Policy")
+    policy, critic = policy_class(O, A, args), module.Critic(O, A, args)
     policy_ema, target_critic = (copy.deepcopy(network) for network in (policy, critic))
     policy_ema.eval()
     fused = {"fused": True} if "fused=True" in Path(module.__file__).read_text() else {}
