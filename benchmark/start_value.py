@@ -1,9 +1,9 @@
-"""parl_diffusion.py, noting at every evaluation what the critic says of each start and the discounted return that follows.
+"""parl_diffusion.py, noting in every evaluation the value that the critic gives each start and the return that follows.
 
 python benchmark/start_value.py --run-dir runs/antmaze-0 ...     # flags of parl_diffusion.py; see antmaze.txt
 
-Appends `evaluation, episode, value, return` to benchmark/results/start_value/RUN.csv: value is the ensemble's mean at the
-episode's first state and the action taken there, return the sum of discounted (scaled) rewards, as in `mc_returns`.
+Appends `evaluation, episode, value, return` to benchmark/results/start_value/RUN.csv: the ensemble's mean value of an
+episode's first state and the action taken there; the sum of its discounted (scaled) rewards, as in `mc_returns`.
 """
 
 import csv
