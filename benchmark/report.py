@@ -1,6 +1,6 @@
 """Tables and plots of benchmark/results/*.csv: every seed, mean and standard deviation, final values.
 
-python benchmark/report.py     # writes benchmark/pointmaze.md and benchmark/*.png
+python benchmark/report.py     # writes benchmark/{pointmaze,manipulation,antmaze,openvla}.md and benchmark/*.png
 """
 
 import re
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from common import read_metrics  # noqa: E402
 
-TITLES = {
+POINTMAZE = {
     "full": "default: `python parl_diffusion.py`",
     "bc2": "cloning only, twice the steps: `--bc-steps 16000 --offline-steps 0 --online-steps 0`",
     "rerank": "re-ranking only: `--num-gradient-steps 0`",
@@ -35,6 +35,25 @@ TITLES = {
     "medium": "pointmaze-medium-play: `--env-id pointmaze-medium-play --batch-size 256 --online-steps 700`",
     "large": "pointmaze-large-play: `--env-id pointmaze-large-play --batch-size 256 --offline-steps 5000 "
     "--online-steps 1000 --eval-every 1000`",
+}
+MANIPULATION = {
+    task + name: f"{env_id}: {method}"
+    for task, env_id in (
+        ("drawer_open", "metaworld-drawer-open"),
+        ("pick_place", "metaworld-pick-place"),
+        ("cube", "cube-single-play-singletask-task1-v0"),
+    )
+    for name, method in (
+        ("", "`parl_diffusion.py`"),
+        ("_rerank", "`parl_diffusion.py --num-gradient-steps 0`, re-ranking only"),
+        ("_gaussian", "`parl_gaussian.py`"),
+    )
+}
+ANTMAZE = {"antmaze": "antmaze-medium-diverse-v2, made data, `parl_diffusion.py`"}
+OPENVLA = {
+    "openvla": "`python parl_openvla.py`: a tiny OpenVLA closes a drawer (Meta-World) from camera images",
+    "openvla_cloned": "the same, cloning alone",
+    "openvla_bc2": "cloning alone, twice the steps",
 }
 CLASSES = {
     "gaussian": ("Gaussian", "tab:green"),
@@ -105,7 +124,7 @@ def plot(seeds, title, path):
         if row["phase"] != before["phase"]:
             axis.axvline(before["gradient_step"], color="0.6", linestyle=":")
             axis.annotate(PHASES[row["phase"]], (before["gradient_step"], 1.02), xycoords=("data", "axes fraction"))
-    axis.set(ylim=(-0.03, 1.03), xlabel="updates (cloning, then critic)", ylabel="success rate, 100 episodes")
+    axis.set(ylim=(-0.03, 1.03), xlabel="updates (cloning, then critic)", ylabel="success rate")
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(textwrap.fill(title, 90, break_on_hyphens=False), fontsize="medium")
@@ -175,23 +194,47 @@ def plot_classes(runs, path):
     figure.savefig(path, dpi=120)
 
 
+def plot_start_value(runs, path):
+    """The critic's value of the evaluation's starts and the discounted return that follows, over updates."""
+    figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for seed, rows in runs.items():
+        noted = np.genfromtxt(HERE / "results" / "start_value" / f"antmaze-{seed}.csv", delimiter=",", names=True)
+        updates = [row["gradient_step"] for row in rows if "eval/success_rate" in row]
+        evaluations = [noted[noted["evaluation"] == number] for number in range(len(updates))]
+        for column, label, colour in (("value", "critic's value", "tab:blue"), ("return", "return", "tab:orange")):
+            values = np.stack([evaluation[column] for evaluation in evaluations])  # (evaluations, episodes)
+            axis.plot(updates, values.mean(1), color=colour, marker=".", linewidth=2, label=f"{label}, seed {seed}")
+            axis.fill_between(updates, *np.percentile(values, (10, 90), axis=1), color=colour, alpha=0.15)
+    axis.set(xlabel="updates (cloning, then critic)", ylabel="at the start: mean, 10 to 90 % of episodes")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main():
     runs = load()
-    parts = [
-        "# Results: PointMaze, slalom",
-        "Written by `python benchmark/report.py`; see README.md in this folder for what, where and when.",
-    ]
-    for name, title in TITLES.items():
-        if name in runs:
-            parts += [f"## {title}", table(runs[name])]
-    (HERE / "pointmaze.md").write_text("\n\n".join(parts) + "\n")
-    for name in ("full", "medium", "large"):
-        if name in runs:
-            plot(runs[name], TITLES[name].replace("`", ""), HERE / f"{name}.png")
+    for file, heading, titles in (
+        ("pointmaze.md", "PointMaze, slalom", POINTMAZE),
+        ("manipulation.md", "Meta-World, OGBench's cube", MANIPULATION),
+        ("antmaze.md", "AntMaze from made data", ANTMAZE),
+        ("openvla.md", "the tiny OpenVLA", OPENVLA),
+    ):
+        parts = [f"# Results: {heading}"]
+        parts += ["Written by `python benchmark/report.py`; see README.md in this folder for what, where and when."]
+        for name, title in titles.items():
+            if name in runs:
+                parts += [f"## {title}", table(runs[name])]
+        if len(parts) > 2:
+            (HERE / file).write_text("\n\n".join(parts) + "\n")
+        for name in {"full", "medium", "large", "antmaze", "openvla"} & set(titles) & set(runs):
+            plot(runs[name], titles[name].replace("`", ""), HERE / f"{name}.png")
     if set(CLASSES) <= set(runs):
         plot_classes(runs, HERE / "classes.png")
     if {"rerank", "gradient"} <= set(runs):
         plot_ablations(runs, HERE / "ablations.png")
+    if "antmaze" in runs:
+        plot_start_value(runs["antmaze"], HERE / "antmaze_start_value.png")
 
 
 if __name__ == "__main__":
