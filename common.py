@@ -55,7 +55,8 @@ def start(args):
     if args.dataset_path:
         args.dataset_path = str(Path(args.dataset_path).resolve())  # so that --resume works from any folder
     use_gpu = args.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if use_gpu else "cpu"), np.random.default_rng(args.seed)
+    device = torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+    return device, np.random.default_rng(args.seed)
 
 
 def compiled(function, **options):
@@ -611,7 +612,9 @@ def stacked(observations):
 
 def evaluate(envs, act, num_episodes, prefix="eval/"):
     """Means over `num_episodes` fixed seeds: {prefix + success_rate, return, length, steps_to_goal}, the last over
-    successful episodes only and absent where there are none. envs, act: see `run_episodes`."""
+    successful episodes only and absent where there are none; {} for 0 episodes. envs, act: see `run_episodes`."""
+    if num_episodes == 0:
+        return {}
     episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes), batch_size=10)
     lengths = {success: [len(e["rewards"]) for e in episodes if e["success"] == success] for success in (True, False)}
     means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
@@ -656,7 +659,7 @@ def fixed_flags(args, flag):
     fixed = ["normalize_obs", *names[names.index("policy_ema_rate") + 1 :]]
     if flag == "--resume":
         fixed += ["policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward"]
-        fixed += ["num_bins", "q_min", "q_max"]
+        fixed += ["num_bins", "q_min", "q_max", "critic_image_size"]
     return [name for name in fixed if name in names and name not in MAY_CHANGE]
 
 
@@ -668,14 +671,15 @@ class Run:
     checkpoint may be taken: after an update, online at the end of an episode and its updates.
 
     silent: of several processes that do the same, one that reads a checkpoint but writes and prints nothing.
+    agree(value): the value of the process that is not silent, on all of them, so that they stop together.
     """
 
-    def __init__(self, args, script, obs_dim, act_dim, generator, silent=False):
+    def __init__(self, args, script, obs_dim, act_dim, generator, silent=False, agree=lambda value: value):
         name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%y%m%d-%H%M%S')}"
         name = name.translate(str.maketrans("/:", "--"))
         self.directory = Path(args.resume or args.run_dir or f"runs/{name}")
         self.identity = dict(script=script, env_id=args.env_id, obs_dim=obs_dim, act_dim=act_dim)
-        self.args, self.generator, self.kept, self.silent = args, generator, {}, silent
+        self.args, self.generator, self.kept, self.silent, self.agree = args, generator, {}, silent, agree
         self.rows, self.stop_signal, self.wandb = 0, None, None
         self.counters = dict.fromkeys("bc warmup offline distill env_step episode successes gradient_step".split(), 0)  # noqa: SIM905
         self.counters |= {"phase": "bc", "seconds": {}}
@@ -728,7 +732,11 @@ class Run:
             if torch.cuda.is_available() and len(checkpoint["cuda_rng"]):
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"])
             header = (self.directory / "metrics.csv").read_text().splitlines()[: self.rows + 1]
-        if self.args.eval_only or self.silent:
+        if self.args.eval_only:
+            return self.counters
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        if self.silent:
             return self.counters
         if not self.args.resume and (self.directory / "metrics.csv").exists():
             raise InputError(f"--run-dir {self.directory}: holds a run; expected a new folder, or --resume to go on")
@@ -737,8 +745,6 @@ class Run:
         self.config = {**vars(self.args), **self.identity, "python": sys.version.split()[0], **versions}
         self.replace("config.json", lambda file: file.write(json.dumps(self.config, indent=2).encode()))
         self.replace("metrics.csv", lambda file: file.write("".join(line + "\n" for line in header).encode()))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
         flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in vars(self.args).items())
         print(textwrap.fill(flags, 118, break_on_hyphens=False), flush=True)
         if self.args.track:
@@ -783,9 +789,9 @@ class Run:
         if self.stop_signal:  # the second one does not wait
             raise KeyboardInterrupt
         self.stop_signal = signal.Signals(number).name
-        print(
-            f"{self.stop_signal}: stopping after the update or evaluation in progress; again: at once", file=sys.stderr
-        )
+        if not self.silent:
+            after = "the update or evaluation in progress; again: at once"
+            print(f"{self.stop_signal}: stopping after {after}", file=sys.stderr)
 
     def average(self, info):
         """Add named scalars to the means in the next row. Tensors stay on their device until then."""
@@ -840,10 +846,10 @@ class Run:
                 done[phase], done["gradient_step"] = done[phase] + 1, done["gradient_step"] + 1
                 bar.update()
                 due = done[phase] % self.args.eval_every == 0 or done[phase] == num_steps
-                if due or done[phase] % self.args.log_every == 0:
+                if logged := due or done[phase] % self.args.log_every == 0:
                     self.check_finite()
                     self.log({**info(), **(evaluate() if due else {})})
-                self.save_if(due)
+                self.save_if(logged)
 
     def episodes(self, evaluate, info):
         """The online episodes that are left, as seeds for their resets. The body calls `record`; else as `steps`."""
@@ -876,11 +882,13 @@ class Run:
             self.save_if(True)
 
     def save_if(self, due):
-        if due or self.stop_signal:
+        stop_signal = self.agree(self.stop_signal)
+        if due or stop_signal:
             self.save()
-        if self.stop_signal:
+        if stop_signal:
             self.finish()
-            print(f"stopped by {self.stop_signal}; to go on: --resume {self.directory}")
+            if not self.silent:
+                print(f"stopped by {stop_signal}; to go on: --resume {self.directory}")
             sys.exit(0)
 
     def record(self, episode, num_updates):

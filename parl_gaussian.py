@@ -91,7 +91,7 @@ class Args:
     distill_argmax: bool = False  # distil the best candidate instead of a draw from softmax(Q)
     # observations, evaluation, files
     normalize_obs: bool = True  # by the dataset's mean and std; --no-normalize-obs: as released
-    num_eval_episodes: int = 50  # per evaluation and policy, on fixed seeds
+    num_eval_episodes: int = 50  # per evaluation and policy, on fixed seeds; 0: no evaluation
     eval_every: int = 50_000  # gradient steps (online: environment steps) between evaluations
     log_every: int = 1000  # gradient steps between rows of metrics.csv; online: every episode
     run_dir: str = ""  # default: runs/{env_id}__{script}__{seed}__{time}
@@ -467,7 +467,7 @@ def learning_rate(base, step, num_steps, args, cosine=False):
 def check(args):
     """Raises InputError, naming the flag, for what cannot run."""
     at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "width"}
-    at_least_one |= {"num_layers", "critic_utd", "num_eval_episodes", "eval_every", "log_every"}
+    at_least_one |= {"num_layers", "critic_utd", "eval_every", "log_every"}
     upper = dict(
         num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6, dropout=1
     )
@@ -493,9 +493,10 @@ def train(args: Args) -> Path:
     device, generator = common.start(args)  # torch's own generator draws noise, this one batches
 
     # Environment, data, networks
-    env = common.make_env(args.env_id, args.sparse_reward)
-    num_envs, env_args = min(10, args.num_eval_episodes), (args.env_id, args.sparse_reward, args.capture_video)
-    eval_envs = [common.make_env(*env_args) for _ in range(num_envs)]
+    env_args = (args.env_id, args.sparse_reward, args.capture_video)
+    env = common.make_env(*env_args)
+    num_more = min(10, args.num_eval_episodes) - 1 if common.family(args.env_id)[0] else 0  # of a robot there is one
+    eval_envs = [env, *(common.make_env(*env_args) for _ in range(num_more))]
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     dataset, online = common.ReplayBuffer(obs_dim, act_dim), common.ReplayBuffer(obs_dim, act_dim)
     if (args.bc_steps or args.offline_ratio) and not args.eval_only:

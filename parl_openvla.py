@@ -34,7 +34,7 @@ files load as they are; LoRA trains it. Against parl_transformer.py, where image
     LOSSES                `update_critic` shifts and encodes images; `update_policy` averages gradients over GPUs
     TRAIN                 images, instruction, warm-up trials, several GPUs with torchrun
 
-    python parl_openvla.py    # a tiny model of the same classes on Meta-World, on a laptop CPU; see README.md
+    python parl_openvla.py    # a tiny model of the same classes closes a drawer: 65 % cloned, 98 % 20 minutes later
     python parl_openvla.py --checkpoint openvla/openvla-7b --env-id my_robot:Reach-v0 --warmup-episodes 50
 """
 
@@ -45,6 +45,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -118,7 +119,7 @@ class Args:
     offline_distill_steps: int = 0  # distillation at the end of offline RL, for a policy that acts without a critic
     distill_argmax: bool = False  # distil the best candidate instead of a draw from softmax(Q)
     # evaluation, files
-    num_eval_episodes: int = 50  # per evaluation and policy, on fixed seeds
+    num_eval_episodes: int = 50  # per evaluation and policy, on fixed seeds; 0: no evaluation
     eval_every: int = 50_000  # gradient steps (online: environment steps) between evaluations
     log_every: int = 1000  # gradient steps between rows of metrics.csv; online: every episode
     run_dir: str = ""  # default: runs/{env_id}__{script}__{seed}__{time}
@@ -129,12 +130,12 @@ class Args:
     wandb_entity: str | None = None  # see --track
     capture_video: bool = False  # write three episodes of each evaluation to videos/
     # policy
-    checkpoint: str = ""  # a folder, or a name on the Hugging Face hub (openvla/openvla-7b); empty: a tiny new model
-    unnorm_key: str = ""  # whose action statistics in the checkpoint to use; needed where it has several
     bc_lr: float = 2e-5  # Adam in behaviour cloning, cosine to 0
     distill_lr: float = 2e-5  # Adam in distillation
     policy_warmup_steps: int = 0  # linear warm-up of either, at most 10 % of the phase
     policy_ema_rate: float = 1.0  # share of the policy that enters its running average per step; 1: no averaging
+    checkpoint: str = ""  # a folder, or a name on the Hugging Face hub (openvla/openvla-7b); empty: a tiny new model
+    unnorm_key: str = ""  # whose action statistics in the checkpoint to use; needed where it has several
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of a checkpoint's weights; what LoRA adds is float32
     lora_rank: int = 32  # of what is trained beside a checkpoint's weights; 0, or without one: train every weight
     lora_alpha: float = 16.0  # it is scaled by alpha / rank
@@ -557,12 +558,14 @@ def load_policy(act_dim, args, device):
     """The policy of --checkpoint on `device`, or a tiny new one. Raises InputError naming the file or tensor."""
     if not args.checkpoint:
         return OpenVLAPolicy(act_dim, args).to(device)
-    folder = checkpoint_folder(args.checkpoint)
+    if Path(args.checkpoint).is_dir():
+        args.checkpoint = str(Path(args.checkpoint).resolve())  # so that --resume works from any folder
+    folder = checkpoint_folder(args.checkpoint, CONFIGS)  # errors before 15 GB are downloaded
     sizes, statistics = read_config(folder, args.unnorm_key)
     if len(statistics["q01"]) != act_dim:
         raise InputError(
-            f"--unnorm-key {args.unnorm_key}: --checkpoint {folder} was trained on actions of "
-            f"{len(statistics['q01'])} dimensions; expected the environment's {act_dim}"
+            f"--checkpoint {folder}: actions have {len(statistics['q01'])} dimensions there (--unnorm-key); expected "
+            f"the environment's {act_dim}"
         )
     with torch.device("meta"):  # shapes alone
         policy = OpenVLAPolicy(act_dim, args, sizes, statistics, read_tokenizer(folder))
@@ -572,21 +575,24 @@ def load_policy(act_dim, args, device):
             f"--checkpoint {folder}: {num_parameters / 1e9:.1f}e9 parameters; expected --device cuda with "
             f"{2e-9 * num_parameters:.0f} GB of memory for them in bfloat16, and more for what is computed"
         )
-    load_weights(policy, folder, getattr(torch, args.dtype), device)
+    load_weights(policy, checkpoint_folder(args.checkpoint), getattr(torch, args.dtype), device)
     if args.lora_rank:
         policy.add_lora(args.lora_rank, args.lora_alpha)
     return policy
 
 
-def checkpoint_folder(name):
-    """The folder `name`, or that of the Hugging Face hub's repository of this name, downloaded on first use."""
+CONFIGS = ("*.json", "*.py", "*.txt", "tokenizer.model")  # the official loader wants the last three; they are not run
+
+
+def checkpoint_folder(name, patterns=(*CONFIGS, "*.safetensors")):
+    """The folder `name`, or that of the Hugging Face hub's repository of this name, its files downloaded on first use.
+    Raises InputError."""
     if Path(name).is_dir():
         return Path(name)
     import huggingface_hub  # slow to import, needed here alone
 
     try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"--checkpoint {name}: no such folder, and no download from the hub: {first_line(error)}"
@@ -616,16 +622,28 @@ def read_config(folder, unnorm_key):
     for name, value in expected.items():
         if config.get(name) != value:
             raise InputError(f"--checkpoint {folder}: config.json has {name} {config.get(name)}; expected {value}")
-    known = {field.name for field in dataclasses.fields(Sizes)}
-    text_config = {name: value for name, value in config.get("text_config", {}).items() if name in known}
-    sizes = dataclasses.replace(OPENVLA_7B, **text_config, pad_to_multiple_of=config.get("pad_to_multiple_of", 64))
+    text_config, known = config.get("text_config") or {}, {field.name for field in dataclasses.fields(Sizes)}
+    for name, value in {"model_type": "llama", "hidden_act": "silu", "rope_scaling": None}.items():
+        if text_config.get(name, value) != value:
+            raise InputError(
+                f"--checkpoint {folder}: config.json has text_config {name} {text_config[name]}; expected {value}"
+            )
+    text_sizes = {name: value for name, value in text_config.items() if name in known}
+    sizes = dataclasses.replace(OPENVLA_7B, **text_sizes, pad_to_multiple_of=config.get("pad_to_multiple_of", 64))
     fine_tuned = folder / "dataset_statistics.json"
     statistics = read_json(fine_tuned) if fine_tuned.exists() else config.get("norm_stats") or {}
     if not unnorm_key and len(statistics) == 1:
         (unnorm_key,) = statistics
     if unnorm_key not in statistics:
-        raise InputError(f"--unnorm-key {unnorm_key or '(none)'}: expected one of {', '.join(sorted(statistics))}")
-    actions = statistics[unnorm_key]["action"]
+        keys = ", ".join(sorted(statistics)) or f"the norm_stats of config.json, and {folder} has none"
+        raise InputError(f"--unnorm-key {unnorm_key or '(none)'}: expected one of {keys}")
+    actions = statistics[unnorm_key].get("action", {})
+    lengths = [len(actions.get(name, actions.get("q01", ()))) for name in ("q01", "q99", "mask")]
+    if not {"q01", "q99"} <= actions.keys() or len(set(lengths)) > 1:
+        raise InputError(
+            f"--unnorm-key {unnorm_key}: in {folder} its action has {', '.join(actions) or 'nothing'}; expected q01, "
+            "q99 and mask of one length"
+        )
     return sizes, {"mask": [True] * len(actions["q01"]), **actions}
 
 
@@ -633,14 +651,19 @@ def read_tokenizer(folder):
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"--checkpoint {folder}: no tokenizer.json there; expected the one of OpenVLA")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower one
+        raise InputError(f"--checkpoint {path}: cannot be read as a tokenizer ({first_line(error)})") from error
 
 
 def shards(folder):
     """The safetensors files of a checkpoint: {name of tensor: path}."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {name: folder / shard for name, shard in read_json(index)["weight_map"].items()}
+        if not (weight_map := read_json(index).get("weight_map")):
+            raise InputError(f"--checkpoint {index}: has no weight_map; expected the file of each tensor")
+        return {name: folder / shard for name, shard in weight_map.items()}
     path = folder / "model.safetensors"
     with open_safetensors(path, "cpu") as file:
         return dict.fromkeys(file.keys(), path)
@@ -934,8 +957,9 @@ def optimization_info(critic, obs, candidates, args):
 class SampleStore:
     """The policy's K samples at each of S states: the dataset's and, after them, the online buffer's.
 
-    actions (S, K, A) in float16, and the version of the policy that drew them, -1 where none were. What version v draws
-    at state i follows from (seed, i, v): ranks can share the drawing in any way. `observe(rows)` looks at states.
+    actions (S, K, A) in float16, and the version of the policy that drew them, -1 where none were; a state first met
+    while the policy is distilled has the version from before. The noise follows from (seed, state, version) alone:
+    ranks can share the drawing in any way. `observe(rows)` looks at states.
 
     NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
     NOTE(differs): samples are kept beside their state with a version (released: worker processes, by the mean pixel).
@@ -1118,14 +1142,16 @@ def join_ranks(args):
         raise InputError("--run-dir: expected a folder; with torchrun a restart goes on from the checkpoint in it")
     if args.batch_size % number:
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {number} processes")
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if Path(args.run_dir, "checkpoint.pt").exists() and int(restarts):
-        args.resume = args.run_dir
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(days=1)  # the others wait while rank 0 evaluates or a robot moves
     store, rank, _ = next(dist.rendezvous("env://"))
+    restarts, has_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), Path(args.run_dir, "checkpoint.pt").exists()
+    if restarts == "0" and rank == 0 and not has_run:
+        store.set("run is ours", "")  # not one that was there before
+    if restarts != "0" and has_run and store.check(["run is ours"]):
+        args.resume = args.run_dir
     store = dist.PrefixStore(restarts, store)  # the store outlives a restart, with the addresses of those before
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=number, timeout=timeout)
 
@@ -1178,7 +1204,7 @@ def instruction_of(env, args):
 def check(args):
     """Raises InputError, naming the flag, for what cannot run."""
     at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep"}
-    at_least_one |= {"critic_utd", "num_eval_episodes", "eval_every", "log_every", "targets_per_image"}
+    at_least_one |= {"critic_utd", "eval_every", "log_every", "targets_per_image"}
     at_least_one |= {"images_per_forward", "critic_image_size", "encoding_width"}
     upper = dict(num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6)
     for name, value in vars(args).items():
@@ -1195,6 +1221,10 @@ def check(args):
         raise InputError("--online-steps None and --online-episodes None: expected a number for one of them")
     if args.eval_only and not args.resume:
         raise InputError("--eval-only: expected --resume RUN, the run to evaluate")
+    if args.unnorm_key and not args.checkpoint:
+        raise InputError(f"--unnorm-key {args.unnorm_key}: names statistics of a checkpoint; expected --checkpoint")
+    if args.checkpoint and not args.lora_rank and args.dtype != "float32":
+        raise InputError("--lora-rank 0: small steps are lost in bfloat16 weights; expected --dtype float32 with it")
     if args.warmup_episodes and args.dataset_path:
         raise InputError("--warmup-episodes: takes the place of a dataset; expected no --dataset-path beside it")
 
@@ -1212,14 +1242,15 @@ def train(args: Args) -> Path:
 
     # Environment, policy, data, critic
     image_size = (OPENVLA_7B if args.checkpoint else TINY).image_size
-    env = common.make_env(args.env_id, args.sparse_reward, image_size=image_size)
-    act_dim, args.instruction = env.action_space.shape[0], instruction_of(env, args)
+    env_args = (args.env_id, args.sparse_reward, args.capture_video and rank == 0, image_size)
+    env = common.make_env(*env_args)
+    act_dim, args.instruction = env.action_space.shape[0], from_rank_0(instruction_of(env, args) if rank == 0 else "")
     policy = load_policy(act_dim, args, device)
     policy.prompt(args.instruction)  # raises an error where it is too long
-    num_envs = min(10, args.num_eval_episodes) if rank == 0 else 0
-    env_args = (args.env_id, args.sparse_reward, args.capture_video, image_size)
-    envs = [env, *(common.make_env(*env_args) for _ in range(num_envs))]
-    env, *eval_envs = [PolicyUnits(one, policy) for one in envs] if args.checkpoint else envs
+    num_more = min(10, args.num_eval_episodes) - 1 if common.family(args.env_id)[0] and rank == 0 else 0
+    eval_envs = [env, *(common.make_env(*env_args) for _ in range(num_more))]  # of a robot there is one
+    eval_envs = [PolicyUnits(one, policy) for one in eval_envs] if args.checkpoint else eval_envs
+    env = eval_envs[0]
     shape = (image_size, image_size, 3)
     dataset, online = common.ReplayBuffer(shape, act_dim, np.uint8), common.ReplayBuffer(shape, act_dim, np.uint8)
     if args.warmup_episodes:
@@ -1244,7 +1275,7 @@ def train(args: Args) -> Path:
     store.grow(dataset.num_states)
 
     # The run's files; a policy to start from; a run to continue
-    run = common.Run(args, Path(__file__).stem, image_size, act_dim, generator, silent=rank > 0)
+    run = common.Run(args, Path(__file__).stem, image_size, act_dim, generator, rank > 0, from_rank_0)
     if args.policy_checkpoint and not args.resume:
         run.load(args.policy_checkpoint, "--policy-checkpoint", policy_ema=policy_ema)
         policy.load_state_dict(policy_ema.state_dict())
@@ -1341,7 +1372,8 @@ def train(args: Args) -> Path:
             run.average({"policy/distill_loss": improve_policy(batch, chosen, lr)})
 
     if args.eval_only:
-        print(json.dumps(evaluate(), indent=2))
+        if rank == 0:
+            print(json.dumps(evaluate(), indent=2))
         return run.directory
 
     # Phase 1: behaviour cloning, or trials of the policy as it is
@@ -1389,4 +1421,5 @@ def train(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    common.main(train, Args, PRESETS, __doc__)
+    own_checkpoint = any(flag.startswith("--checkpoint") for flag in sys.argv)  # the presets are for the tiny model
+    common.main(train, Args, {} if own_checkpoint else PRESETS, __doc__)

@@ -9,6 +9,7 @@ import re
 import shutil
 from itertools import zip_longest
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -301,6 +302,31 @@ def test_bad_flags_of_a_policy(command, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         run_here(script, *LITTLE, *flags)
     assert str(stop.value).startswith("error: ") and BAD_POLICY_FLAGS[command] in str(stop.value)
+
+
+@pytest.mark.parametrize("script", PARALLEL)
+def test_a_robot_is_one_environment(script, monkeypatch, tmp_path):
+    """It is not opened again for evaluation; and with 0 evaluation episodes it moves to learn alone."""
+    made, episodes, make = [], [], common.gym.make
+    if "Brief-v0" not in gym.registry:
+        gym.register("Brief-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=4)
+    monkeypatch.setattr(common.gym, "make", lambda *all, **named: made.append(all) or make(*all, **named))
+    run = common.run_episodes
+    monkeypatch.setattr(common, "run_episodes", lambda *all, **named: episodes.append(all[2]) or run(*all, **named))
+    flags = ["--env-id", "Brief-v0", "--q-min", -9, "--q-max", 0, "--bc-steps", 0, "--offline-ratio", 0]
+    flags += ["--online-episodes", 2, "--hidden-dims", 8, "--ensemble-size", 1, "--num-samples", 2, "--num-keep", 1]
+    flags += ["--num-gradient-steps", 1, "--width", 8, "--batch-size", 4, "--num-threads", 1]
+    for num_episodes, seeds in ((3, [1, 1, 3, 3]), (0, [1, 1])):
+        made.clear(), episodes.clear()
+        run_here(script, *flags, "--num-eval-episodes", num_episodes, "--run-dir", tmp_path / str(num_episodes))
+        assert len(made) == 1 and [len(part) for part in episodes] == seeds
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    module = importlib.import_module("parl_openvla")
+    assert common.start(module.Args(device="cuda"))[0] == torch.device("cuda:1")
 
 
 def test_unknown_flags(script, capsys):

@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 import zlib
+from fnmatch import fnmatch
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -417,7 +419,7 @@ def test_statistics(folder):
 def test_bad_checkpoints(folder, weights, tmp_path):
     with pytest.raises(InputError, match=r"--unnorm-key \(none\): expected one of bridge, other"):
         load(folder, unnorm_key="")
-    with pytest.raises(InputError, match="7 dimensions; expected the environment's 4"):
+    with pytest.raises(InputError, match=r"7 dimensions there .*; expected the environment's 4"):
         load(folder, act_dim=4)
     with pytest.raises(InputError, match=r"prompt has \d+ tokens; expected up to 1785"):
         load(folder).prompt("up " * 2000)
@@ -441,17 +443,50 @@ def test_bad_checkpoints(folder, weights, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=f"tensor {name} is missing"):
         load(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match=r"index\.json: has no weight_map"):
+        load(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        load(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json there"):
         load(folder)
     write_config(folder, vision_backbone_id="siglip-vit-so400m")
     with pytest.raises(InputError, match="vision_backbone_id siglip-vit-so400m; expected dinosiglip-vit-so-224px"):
         load(folder)
+    for changes, message in [
+        ({"text_config": {"rope_scaling": {"factor": 2.0}}}, "text_config rope_scaling {'factor': 2.0}; expected None"),
+        ({"text_config": {"hidden_act": "gelu"}}, "text_config hidden_act gelu; expected silu"),
+        ({"norm_stats": {}}, "expected one of the norm_stats of config.json, and .* has none"),
+        ({"norm_stats": {"bridge": {}}}, "its action has nothing; expected q01, q99 and mask"),
+        ({"norm_stats": {"bridge": {"action": {**STATISTICS, "mask": [True]}}}}, "expected q01, q99 and mask of one"),
+    ]:
+        write_config(folder, **changes)
+        with pytest.raises(InputError, match=message):
+            load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"cannot read config\.json"):
         load(folder)
     with pytest.raises(InputError, match="expected a folder, or a hub name"):
         load(tmp_path / "nowhere")
+
+
+def test_small_files_are_downloaded_and_checked_first(folder, monkeypatch):
+    """An error costs no download of 15 GB; the official loader's own files come along, for a merged checkpoint."""
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        return folder
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError, match="--unnorm-key mars"):
+        load("openvla/openvla-7b", unnorm_key="mars")
+    assert len(asked) == 1 and not any(fnmatch("model-00001-of-00003.safetensors", pattern) for pattern in asked[0])
+    load("openvla/openvla-7b")
+    for name in ("model-00001-of-00003.safetensors", "modeling_prismatic.py", "tokenizer.model", "tokenizer.json"):
+        assert any(fnmatch(name, pattern) for pattern in asked[-1])
 
 
 def test_7b_on_a_cpu_says_what_it_needs(folder, monkeypatch):
@@ -572,12 +607,16 @@ def test_a_datasets_actions_are_cloned_in_the_tokens_units(folder, tmp_path, mon
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--env-id", "pixels:Dot-v0"], "7 dimensions; expected the environment's 2"),
+        (["--env-id", "pixels:Dot-v0"], "7 dimensions there .*; expected the environment's 2"),
+        (["--policy-checkpoint", "base.pt"], "--checkpoint is .* there and .* here; expected the same"),
         (["--unnorm-key", "mars"], "--unnorm-key mars: expected one of bridge, other"),
         (["--instruction", "up " * 2000], "--instruction 'up .*: the prompt has"),
     ],
 )
-def test_bad_input_with_a_checkpoint(folder, flags, message, monkeypatch):
+def test_bad_input_with_a_checkpoint(folder, flags, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    identity = {"script": "parl_openvla", "env_id": "pixels:Dot7-v0", "obs_dim": 224, "act_dim": 7}
+    torch.save(identity | {"args": {**vars(openvla.Args()), "checkpoint": "another/base"}}, "base.pt")
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         start(monkeypatch, "--checkpoint", folder, "--env-id", "pixels:Dot7-v0", "--warmup-episodes", 1, *flags)
 

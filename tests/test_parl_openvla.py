@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -385,14 +386,46 @@ def test_a_restart_of_torchrun_goes_on_from_the_checkpoint(monkeypatch, tmp_path
     agents_store, stores = parl.dist.HashStore(), []
     monkeypatch.setattr(parl.dist, "rendezvous", lambda url: iter([(agents_store, 0, 2)]))
     monkeypatch.setattr(parl.dist, "init_process_group", lambda *all, store, **named: stores.append(store))
-    (tmp_path / "checkpoint.pt").touch()
     for count, resume in (("0", ""), ("1", str(tmp_path))):
         args = parl.Args(run_dir=str(tmp_path), device="cpu")
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         parl.join_ranks(args)
         assert args.resume == resume
+        (tmp_path / "checkpoint.pt").touch()
     stores[0].set("address", "of a process that was killed")
     assert not stores[1].check(["address"])
+
+
+def test_a_restart_of_torchrun_leaves_a_run_that_was_there_before(monkeypatch, tmp_path):
+    """Else --max-restarts would turn the error about it into going on with it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    agents_store = parl.dist.HashStore()
+    monkeypatch.setattr(parl.dist, "rendezvous", lambda url: iter([(agents_store, 0, 2)]))
+    monkeypatch.setattr(parl.dist, "init_process_group", lambda *all, **named: None)
+    (tmp_path / "checkpoint.pt").touch()
+    for count in ("0", "1"):
+        args = parl.Args(run_dir=str(tmp_path), device="cpu")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        parl.join_ranks(args)
+        assert args.resume == ""
+
+
+def test_torchrun_stops_all_processes_together(dataset, tmp_path):
+    """The signal reaches them at different updates; the checkpoint is whole."""
+    directory = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29514"]
+    flags = [*map(str, SMALL), "--dataset-path", str(dataset), "--run-dir", str(directory), "--bc-steps", "100000"]
+    process = subprocess.Popen(
+        [*torchrun, "parl_openvla.py", *flags],
+        cwd=ROOT, env={**os.environ, **PATHS, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (directory / "metrics.csv").exists() or len((directory / "metrics.csv").read_text().splitlines()) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert output.count("stopped by SIGTERM; to go on: --resume") == 1
+    assert load(directory)["counters"]["bc"] >= 4 and (directory / "curves.png").exists()
 
 
 # ---------------------------------------- environments and errors ----------------------------------------
@@ -442,8 +475,19 @@ BAD = {
     "--warmup-episodes -1": "--warmup-episodes -1: expected at least 0",
     "--encoder-widths 0": r"--encoder-widths \(0,\): expected one or more widths",
     "--targets-per-image 0": "--targets-per-image 0: expected at least 1",
+    "--unnorm-key bridge": "--unnorm-key bridge: names statistics of a checkpoint; expected --checkpoint",
+    "--checkpoint x --lora-rank 0": "--lora-rank 0: .*; expected --dtype float32",
     "--num-keep 9": "--num-keep 9: expected between 1 and 8",
 }
+
+
+def test_presets_are_for_the_tiny_model(monkeypatch):
+    for flags, expected in (([], parl.PRESETS), (["--checkpoint=x"], {}), (["--checkpoint", "x"], {})):
+        given = []
+        monkeypatch.setattr(common, "main", lambda train, args, presets, doc, given=given: given.append(presets))
+        monkeypatch.setattr("sys.argv", ["parl_openvla.py", *flags])
+        runpy.run_path(str(ROOT / "parl_openvla.py"), run_name="__main__")
+        assert given == [expected]
 
 
 @pytest.mark.parametrize("flags", BAD, ids=lambda flags: flags[:60])
