@@ -433,7 +433,7 @@ def dataset_file(env_id, dataset_path="", image_size=0):
     if env_id not in POINTMAZES:
         raise InputError(
             f"--env-id {env_id} has no embedded dataset: expected --dataset-path FILE (.hdf5 or .npz with "
-            f"{', '.join(DATASET_KEYS[:5])}), or for none --offline-ratio 0 --bc-steps 0"
+            f"{', '.join(DATASET_KEYS[:5])}), or for none --offline-ratio 0 --bc-steps 0 (OpenVLA: --warmup-episodes)"
         )
     num_transitions = POINTMAZES[env_id][4]
     return cached_file(f"{env_id}-{num_transitions}-v1.npz", lambda: generate_pointmaze(env_id, num_transitions))
@@ -484,7 +484,8 @@ def check_dataset(data, path, env):
         if key in ("observations", "next_observations") and len(shape) > 2 and array.dtype != np.uint8:
             raise InputError(f"{where} has dtype {array.dtype}; expected images, uint8")
         if array.shape != shape:
-            raise InputError(f"{where} has shape {array.shape}; expected {shape}, from rewards and the environment")
+            source = "rewards and the policy's image size" if len(shape) > 2 else "rewards and the environment"
+            raise InputError(f"{where} has shape {array.shape}; expected {shape}, from {source}")
         if len(bad := np.argwhere(~np.isfinite(array))):
             raise InputError(f"{where}[{bad[0][0]}] = {array[bad[0][0]]}; expected finite numbers")
     actions, slack = data["actions"], 1e-3 * (high - low)
@@ -924,6 +925,7 @@ class Run:
                 if prefix + "success_rate" in row:
                     steps, minutes = row.get(prefix + "steps_to_goal", math.nan), self.counters["seconds"][phase] / 60
                     print(f"{phase:<10}{name:<12}{row[prefix + 'success_rate']:>8.0%}{steps:>15.1f}{minutes:>9.1f}")
+        print(f"in {self.directory}")
         if self.wandb:
             self.try_wandb(self.wandb.finish)
 

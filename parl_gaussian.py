@@ -61,10 +61,10 @@ class Args:
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
     online_episodes: int | None = 1000  # episodes of fine-tuning; with --online-steps given too, whichever comes first
     batch_size: int = 256  # transitions per update (B)
-    # rewards: learned from as reward * scale + bias
+    # rewards
     discount: float = 0.99  # gamma, per environment step
-    reward_scale: float = 1.0  # see above
-    reward_bias: float = 0.0  # see above
+    reward_scale: float = 1.0  # what is learned from is reward * scale + bias
+    reward_bias: float = 0.0  # see --reward-scale
     sparse_reward: bool = False  # each step costs until success, which pays 0 and ends the episode
     # critic
     target_rate: float = 0.005  # share of the critic that enters its target per update

@@ -86,10 +86,10 @@ class Args:
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
     online_episodes: int | None = 100  # episodes of fine-tuning; with --online-steps given too, whichever comes first
     batch_size: int = 16  # transitions per update (B)
-    # rewards: learned from as reward * scale + bias
+    # rewards
     discount: float = 0.99  # gamma, per environment step
-    reward_scale: float = 1.0  # see above
-    reward_bias: float = -1.0  # see above
+    reward_scale: float = 1.0  # what is learned from is reward * scale + bias
+    reward_bias: float = -1.0  # see --reward-scale
     sparse_reward: bool = True  # success ends the episode and alone pays, 1; --no-sparse-reward: the environment's
     # critic
     target_rate: float = 0.005  # share of the critic that enters its target per update
@@ -1227,6 +1227,8 @@ def check(args):
         raise InputError("--lora-rank 0: small steps are lost in bfloat16 weights; expected --dtype float32 with it")
     if args.warmup_episodes and args.dataset_path:
         raise InputError("--warmup-episodes: takes the place of a dataset; expected no --dataset-path beside it")
+    if args.warmup_episodes and not (args.checkpoint or args.policy_checkpoint):
+        raise InputError("--warmup-episodes: trials of a policy as it is; expected --checkpoint or --policy-checkpoint")
 
 
 def train(args: Args) -> Path:

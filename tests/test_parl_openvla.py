@@ -307,6 +307,16 @@ def test_policy_checkpoint_and_eval_only(finished, dataset, tmp_path):
     assert_same(load(tmp_path / "run")["policy"], load(finished)["policy_ema"])
 
 
+def test_readme_snippet_loads_and_acts(finished):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = [
+        block.split("```")[0] for block in readme.split("```python\n")[1:] if "from parl_openvla import Args" in block
+    ]
+    code = code.replace("runs/X/checkpoint.pt", str(finished / "checkpoint.pt"))
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.count("tensor([[") == 2
+
+
 # ---------------------------------------- several processes ----------------------------------------
 
 
@@ -472,6 +482,7 @@ BAD = {
     "--env-id pixels:Dot-v0 --instruction "
     + 2100 * "x": r"--instruction '.*: the prompt has \d+ tokens; expected up to",
     "--warmup-episodes 2 --dataset-path x.npz": "--warmup-episodes: .*; expected no --dataset-path",
+    "--warmup-episodes 2": "--warmup-episodes: .*; expected --checkpoint or --policy-checkpoint",
     "--warmup-episodes -1": "--warmup-episodes -1: expected at least 0",
     "--encoder-widths 0": r"--encoder-widths \(0,\): expected one or more widths",
     "--targets-per-image 0": "--targets-per-image 0: expected at least 1",
