@@ -202,7 +202,10 @@ def plot_start_value(runs, path):
         noted = np.genfromtxt(HERE / "results" / "start_value" / f"antmaze-{seed}.csv", delimiter=",", names=True)
         updates = [row["gradient_step"] for row in rows if "eval/success_rate" in row]
         evaluations = [noted[noted["evaluation"] == number] for number in range(len(updates))]
-        for column, label, colour in (("value", "critic's value", "tab:blue"), ("return", "return", "tab:orange")):
+        for column, label, colour in (
+            ("value", "critic's value", "tab:blue"),
+            ("discounted_return", "return", "tab:orange"),
+        ):
             values = np.stack([evaluation[column] for evaluation in evaluations])  # (evaluations, episodes)
             axis.plot(updates, values.mean(1), color=colour, marker=".", linewidth=2, label=f"{label}, seed {seed}")
             axis.fill_between(updates, *np.percentile(values, (10, 90), axis=1), color=colour, alpha=0.15)

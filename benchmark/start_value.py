@@ -2,8 +2,8 @@
 
 python benchmark/start_value.py --run-dir runs/antmaze-0 ...     # flags of parl_diffusion.py; see antmaze.txt
 
-Appends `evaluation, episode, value, return` to benchmark/results/start_value/RUN.csv: the ensemble's mean value of an
-episode's first state and the action taken there; the sum of its discounted (scaled) rewards, as in `mc_returns`.
+Appends `evaluation, episode, value, discounted_return` to benchmark/results/start_value/RUN.csv: the ensemble's mean
+value of an episode's first state and the action taken there; what its (scaled) rewards add up to, as in `mc_returns`.
 """
 
 import csv
@@ -36,7 +36,7 @@ def run_and_note(args, envs, act, seeds, **options):
         path = HERE / "results" / "start_value" / f"{Path(args.run_dir).name}.csv"
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
-            path.write_text("evaluation,episode,value,return\n")
+            path.write_text("evaluation,episode,value,discounted_return\n")
         number = len({line.split(",")[0] for line in path.read_text().splitlines()[1:]})
         with path.open("a", newline="") as file:
             for seed, episode in zip(seeds, episodes, strict=True):
