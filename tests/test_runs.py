@@ -365,6 +365,15 @@ def test_readme_robot_is_an_environment(monkeypatch):
     assert terminated and reward == 1 and info["success"]
 
 
+def test_a_checkpoint_comes_with_every_row(monkeypatch, tmp_path):
+    """Not with evaluations alone, which may be far apart."""
+    saved = []
+    monkeypatch.setattr(common.Run, "save", lambda run: saved.append(run.counters["bc"]))
+    flags = ["--bc-steps", 7, "--log-every", 3, "--eval-every", 100, "--offline-steps", 0, "--online-steps", 0]
+    run_here("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "run")
+    assert saved == [0, 3, 6, 7]  # begin, two rows, the end of the phase
+
+
 def test_a_loss_that_explodes_stops_the_run_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match="is not finite"):
         run_here("parl_diffusion", *SMALL, "--critic-lr", "1e30", "--run-dir", tmp_path / "run")
