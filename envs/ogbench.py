@@ -48,7 +48,7 @@ IDS = tuple(
 )
 
 EPISODE_STEPS = 1000  # of made data, as in OGBench's
-MADE_EPISODES = {r"cube-\w+-(play|noisy)-.*": 60, r"pointmaze-(medium|large|giant)-navigate-.*": 100}
+MADE_EPISODES = {r"cube-\w+-(play|noisy)-.*": 200, r"pointmaze-(medium|large|giant)-navigate-.*": 100}
 TASK_SHARE = 0.25  # of the targets in made data are the task's own, the others random
 
 
