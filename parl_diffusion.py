@@ -126,7 +126,7 @@ PRESETS = {
     "metaworld": dict(
         sparse_reward=True, reward_bias=-1.0, discount=0.99, num_threads=1, eval_every=2000, log_every=250,
         bc_steps=10_000, offline_steps=4000, online_steps=4000, online_episodes=None, batch_size=64,
-        hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.05, cql_weight=0.3,
+        hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.05, cql_weight=0.1,
         num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
         bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=64, num_layers=2,
     ),

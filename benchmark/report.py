@@ -40,8 +40,9 @@ MANIPULATION = {
     task + name: f"{env_id}: {method}"
     for task, env_id in (
         ("drawer_open", "metaworld-drawer-open"),
+        ("door_open", "metaworld-door-open"),
+        ("cube", "cube-single-noisy-singletask-task1-v0"),
         ("pick_place", "metaworld-pick-place"),
-        ("cube", "cube-single-play-singletask-task1-v0"),
     )
     for name, method in (
         ("", "`parl_diffusion.py`"),
@@ -118,7 +119,7 @@ def plot(seeds, title, path):
                 color=colour,
                 marker=".",
                 linewidth=2,
-                label=f"{label} (mean of {len(curves)} seeds)",
+                label=f"{label} (mean of {len(curves)} seeds)" if len(curves) > 1 else label,
             )
     for before, row in pairwise([{"phase": "", "gradient_step": 0}, *next(iter(seeds.values()))]):
         if row["phase"] != before["phase"]:
@@ -162,6 +163,34 @@ def plot_ablations(runs, path):
         )
         axis.grid(alpha=0.3, axis="y")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_manipulation(runs, path):
+    """Final success per task and method: cloned, after offline RL, after online fine-tuning, a dot per seed."""
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    tasks = {"drawer_open": "metaworld-drawer-open", "door_open": "metaworld-door-open", "cube": "cube-single, task 1"}
+    methods = {"": "diffusion", "_rerank": "diffusion,\nre-ranking only", "_gaussian": "Gaussian"}
+    finals = (
+        ("cloned, raw", "bc", "eval/policy_success_rate", "0.4"),
+        ("offline RL, optimised", "offline", "eval/success_rate", "tab:green"),
+        ("online, optimised", "online", "eval/success_rate", "tab:blue"),
+        ("online, raw", "online", "eval/policy_success_rate", "tab:orange"),
+    )
+    for axis, (task, title) in zip(figure.subplots(1, 3, sharey=True), tasks.items(), strict=True):
+        for x, method in enumerate(methods):
+            for i, (label, phase, column, colour) in enumerate(finals):
+                values = [
+                    [row[column] for row in rows if row["phase"] == phase and column in row][-1]
+                    for rows in runs[task + method].values()
+                ]
+                where = x + 0.2 * (i - 1.5) + 0.04 * (np.arange(len(values)) - (len(values) - 1) / 2)
+                axis.scatter(where, values, s=20, color=colour, alpha=0.7, label=label if x == 0 else None)
+                axis.hlines(np.mean(values), where[0] - 0.04, where[-1] + 0.04, color=colour)
+        axis.set(ylim=(-0.03, 1.03), xticks=range(len(methods)), xticklabels=methods.values(), title=title)
+        axis.grid(alpha=0.3, axis="y")
+    figure.axes[0].set_ylabel("success rate, 40 episodes")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -236,6 +265,8 @@ def main():
         plot_classes(runs, HERE / "classes.png")
     if {"rerank", "gradient"} <= set(runs):
         plot_ablations(runs, HERE / "ablations.png")
+    if set(MANIPULATION) - {"pick_place_rerank", "pick_place_gaussian"} <= set(runs):
+        plot_manipulation(runs, HERE / "manipulation.png")
     if "antmaze" in runs:
         plot_start_value(runs["antmaze"], HERE / "antmaze_start_value.png")
 
