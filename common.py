@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import ctypes.util
 import dataclasses
 import difflib
 import hashlib
@@ -23,8 +24,10 @@ import signal
 import sys
 import textwrap
 import time
+import tokenize
 import uuid
 import zipfile
+import zlib
 from collections import deque
 from itertools import pairwise
 from pathlib import Path
@@ -52,7 +55,9 @@ def start(args):
         torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
     keep_freed_memory()
-    if args.dataset_path:
+    if args.dataset_path == "":
+        raise InputError("--dataset-path: empty; expected a file, .hdf5 or .npz")
+    if args.dataset_path is not None:
         args.dataset_path = str(Path(args.dataset_path).resolve())  # so that --resume works from any folder
     use_gpu = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
@@ -335,6 +340,15 @@ def family_module(env_id):
         raise InputError(f"--env-id {env_id}: {error}; expected {missing}") from error
 
 
+def known_ids():
+    """Every --env-id by name: POINTMAZES, those of the families that are installed, gymnasium's. Takes seconds."""
+    ids = list(POINTMAZES)
+    for name in sorted({name for _, name in FAMILIES.values() if name}):
+        with contextlib.suppress(ModuleNotFoundError, InputError):
+            ids += importlib.import_module(f"envs.{name}").IDS
+    return ids + list(gym.registry)
+
+
 class Success(gym.Wrapper):
     """Puts info["success"] into every step: the environment's own, or its info["is_success"], or where it reports
     neither, an end with a positive reward. With `ends`, the first success ends the episode."""
@@ -384,8 +398,10 @@ def make_env(env_id, sparse=False, render=False, image_size=0):
     Its observations are flat (O,), dicts in the order of their space's keys, or with an image_size camera images
     (image_size, image_size, 3) uint8; its actions (A,) are rescaled to [-1, 1]; it is wrapped in Success, and where
     rewards are sparse ends at the first one. Raises InputError for an unknown id, with near misses, for an action space
-    that is not a bounded Box, and for images that it does not have.
+    that is not a bounded Box of floats, and for images that it does not have.
     """
+    if render and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display; read when it is first imported
     try:
         if module := family_module(env_id):
             draws = image_size and hasattr(module, "make_images")
@@ -393,19 +409,25 @@ def make_env(env_id, sparse=False, render=False, image_size=0):
         elif env_id in POINTMAZES:
             env = gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3])
         else:
+            # gymnasium-robotics would import the mujoco-py that comes with d4rl, which raises without MuJoCo 2.1
+            sys.modules.setdefault("mujoco_py", None)
             env = gym.make(env_id)
             if render and "rgb_array" not in (env.metadata.get("render_modes") or []):
                 raise InputError(f"--capture-video: {env_id} has no render mode rgb_array; expected it in its metadata")
-            env = gym.make(env_id, render_mode="rgb_array") if render else env
+            if render:
+                env.close()
+                env = gym.make(env_id, render_mode="rgb_array")
     except (gym.error.Error, ModuleNotFoundError) as error:
-        near = difflib.get_close_matches(env_id, [*POINTMAZES, *gym.registry], n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"expected {', '.join(POINTMAZES)} or a gymnasium id"
-        if isinstance(error, ModuleNotFoundError):
-            hint = "expected an installed module, or one in a folder of PYTHONPATH"
+        hint = "expected an installed module, or one in a folder of PYTHONPATH"
+        if not isinstance(error, ModuleNotFoundError):
+            near = difflib.get_close_matches(env_id, known_ids(), n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else f"expected {', '.join(POINTMAZES)} or a gymnasium id"
         raise InputError(f"--env-id {env_id}: {error}; {hint}") from error
     space = env.action_space
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
-        raise InputError(f"--env-id {env_id}: its action space is {space}; expected a bounded Box of one dimension")
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
+    if not is_vector or not space.is_bounded() or (space.low >= space.high).any():
+        expected = "expected a bounded Box of one dimension, of floats, low below high"
+        raise InputError(f"--env-id {env_id}: its action space is {space}; {expected}")
     if not env.has_wrapper_attr("_max_episode_steps"):
         print(f"warning: {env_id} has no max_episode_steps: an episode that never ends hangs the run", file=sys.stderr)
     env = ImageObservation(env, env_id, image_size) if image_size else gym.wrappers.FlattenObservation(env)
@@ -424,9 +446,9 @@ def action_bounds(env):
 DATASET_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
 
-def dataset_file(env_id, dataset_path="", image_size=0):
-    """`dataset_path` where given, else the embedded dataset in $PARL_CACHE (~/.cache/parl), made on first use."""
-    if dataset_path:
+def dataset_file(env_id, dataset_path=None, image_size=0):
+    """`dataset_path` where given, else the family's: found, downloaded, or made on first use in $PARL_CACHE."""
+    if dataset_path is not None:
         return Path(dataset_path)
     if module := family_module(env_id):
         return module.dataset_file(env_id, image_size) if image_size else module.dataset_file(env_id)
@@ -440,19 +462,32 @@ def dataset_file(env_id, dataset_path="", image_size=0):
 
 
 def cached_file(name, generate):
-    """The npz file `name` in $PARL_CACHE (~/.cache/parl), written with the arrays of generate() where it is missing."""
+    """The npz file `name` in $PARL_CACHE (~/.cache/parl), written with the arrays of generate() where it is missing.
+
+    Raises InputError where that folder cannot be written.
+    """
     path = Path(os.environ.get("PARL_CACHE", "~/.cache/parl")).expanduser() / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{os.getpid()}-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()  # before generate() works for minutes
+            partial.unlink()
+        except OSError as error:
+            raise InputError(f"PARL_CACHE: {error}; expected a folder that can be written") from error
         np.savez_compressed(partial, **generate())
         partial.replace(path)
     return path
 
 
+# what numpy and h5py raise for a damaged file
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE += (tokenize.TokenError, SyntaxError)
+
+
 def read_dataset(path, optional=("next_observations",)):
     """The arrays of an HDF5 or npz file as a dict. Raises InputError naming the file and what is wrong with it."""
-    where = f"--dataset-path {path}"
+    where = f"dataset {path}"
     if not path.is_file():
         raise InputError(f"{where}: {'is a directory' if path.is_dir() else 'no such file'}; expected .hdf5 or .npz")
     try:
@@ -461,8 +496,9 @@ def read_dataset(path, optional=("next_observations",)):
                 data = {key: file[key] for key in DATASET_KEYS if key in file}
         else:
             with h5py.File(path, "r") as file:
-                data = {key: file[key][()] for key in DATASET_KEYS if key in file}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+                arrays = {key: file.get(key) for key in DATASET_KEYS}
+                data = {key: np.asarray(array[()]) for key, array in arrays.items() if isinstance(array, h5py.Dataset)}
+    except UNREADABLE as error:
         kind = "npz" if path.suffix == ".npz" else "HDF5"
         raise InputError(f"{where}: cannot be read as {kind} ({error})") from error
     if missing := [key for key in DATASET_KEYS if key not in data and key not in optional]:
@@ -476,9 +512,9 @@ def check_dataset(data, path, env):
     rows = {"observations": env.observation_space.shape, "actions": low.shape}
     rows["next_observations"], length = rows["observations"], data["rewards"].size
     if length == 0:
-        raise InputError(f"--dataset-path {path}: holds 0 transitions; expected at least 1")
-    for key, array in data.items():
-        where, shape = f"--dataset-path {path}: {key}", (length, *rows.get(key, ()))
+        raise InputError(f"dataset {path}: holds 0 transitions; expected at least 1")
+    for key in sorted(data, key=lambda key: key != "rewards"):  # what gives the length comes first
+        array, where, shape = data[key], f"dataset {path}: {key}", (length, *rows.get(key, ()))
         if array.dtype.kind not in "fiub":
             raise InputError(f"{where} has dtype {array.dtype}; expected numbers")
         if key in ("observations", "next_observations") and len(shape) > 2 and array.dtype != np.uint8:
@@ -486,14 +522,23 @@ def check_dataset(data, path, env):
         if array.shape != shape:
             source = "rewards and the policy's image size" if len(shape) > 2 else "rewards and the environment"
             raise InputError(f"{where} has shape {array.shape}; expected {shape}, from {source}")
-        if len(bad := np.argwhere(~np.isfinite(array))):
-            raise InputError(f"{where}[{bad[0][0]}] = {array[bad[0][0]]}; expected finite numbers")
+        refuse_rows(where, array, not_finite(array), "expected finite float32 numbers")
     actions, slack = data["actions"], 1e-3 * (high - low)
-    if len(bad := np.argwhere((actions < low - slack) | (actions > high + slack))):
-        raise InputError(
-            f"--dataset-path {path}: actions[{bad[0][0]}] = {actions[bad[0][0]]}; expected within the environment's "
-            f"bounds {low} to {high}"
-        )
+    bounds = " to ".join(f"[{', '.join(map(str, bound))}]" for bound in (low, high))
+    bounds = f"expected within the environment's bounds {bounds}"
+    refuse_rows(f"dataset {path}: actions", actions, (actions < low - slack) | (actions > high + slack), bounds)
+
+
+def not_finite(array):
+    """Where array is NaN, infinite, or beyond float32; False for integers (images)."""
+    return ~(np.abs(array) <= np.finfo(np.float32).max) if array.dtype.kind == "f" else np.zeros(1, bool)
+
+
+def refuse_rows(where, array, bad, expected):
+    """Raises InputError with the index and the value of the first element of `array` where `bad` is true, if any is."""
+    if bad.any():
+        index = tuple(np.argwhere(bad)[0].tolist())
+        raise InputError(f"{where}{list(index)} = {array[index]}; {expected}")
 
 
 def split_episodes(data):
@@ -509,8 +554,8 @@ def split_episodes(data):
     ends[-1] = True
     if "next_observations" in data:
         next_observations, known = data["next_observations"], np.ones(len(ends), bool)
-        jumps = (observations[1:] - next_observations[:-1]).reshape(len(ends) - 1, -1)
-        ends[:-1] |= np.linalg.norm(jumps, axis=1) > 1e-6
+        following, expected = (stacked(rows) for rows in (observations[1:], next_observations[:-1]))  # of one precision
+        ends[:-1] |= np.linalg.norm((following - expected).reshape(len(ends) - 1, -1), axis=1) > 1e-6
     else:
         following, known = np.concatenate([observations[1:], observations[-1:]]), terminals | ~ends
         next_observations = np.where(terminals.reshape(-1, *[1] * (observations.ndim - 1)), observations, following)
@@ -519,21 +564,30 @@ def split_episodes(data):
     return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start], next_observations
 
 
-def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False, image_size=0):
+def load_dataset(
+    env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False, image_size=0, env=None
+):
     """The dataset of `env_id` as a ReplayBuffer of rewards * scale + bias; its `sha256` is the file's.
 
     The file (HDF5 or npz) has observations (N, O), actions (N, A) in the environment's own units, rewards, terminals,
     timeouts (N,), and optionally next_observations (N, O). sparse: an episode is split where the scaled
     reward reaches 0, which is success; what follows is another. image_size: observations are images, (N, image_size,
-    image_size, 3) uint8. Raises InputError naming file, key and first bad index.
+    image_size, 3) uint8. env: that of `make_env`, else made here. Raises InputError naming file, key and bad index.
     """
-    path, env = dataset_file(env_id, dataset_path, image_size), make_env(env_id, image_size=image_size)
-    module = family_module(env_id)
-    data = module.read_dataset(env_id, path) if module else read_dataset(path)
-    check_dataset(data, path, env)
+    path, module = dataset_file(env_id, dataset_path, image_size), family_module(env_id)
+    env = env or make_env(env_id, image_size=image_size)
+    try:
+        data = module.read_dataset(env_id, path) if module else read_dataset(path)
+        check_dataset(data, path, env)
+    except InputError as error:
+        if dataset_path is not None:
+            raise
+        raise InputError(f"{error}; delete it, and it is made or downloaded again") from error
     low, high = action_bounds(env)
     actions = 2 * (data["actions"] - low) / (high - low) - 1
     rewards = data["rewards"].astype(np.float64) * reward_scale + reward_bias
+    scaled = f"--reward-scale {reward_scale} --reward-bias {reward_bias}: reward"
+    refuse_rows(scaled, rewards, not_finite(rewards), "expected finite float32 numbers")
     data["terminals"] = data["terminals"].astype(bool)
     if sparse:
         if (data["terminals"] & (rewards < 0)).any():
@@ -551,7 +605,7 @@ def load_dataset(env_id, dataset_path="", reward_scale=1.0, reward_bias=0.0, dis
     buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     episodes, next_observations = split_episodes(data)
     if not episodes:
-        raise InputError(f"--dataset-path {path}: no transition has a next observation; expected at least 1")
+        raise InputError(f"dataset {path}: no transition has a next observation; expected at least 1")
     for start, stop in episodes:
         masks = 1.0 - data["terminals"][start:stop]
         returns = mc_returns(rewards[start:stop], masks, discount, sparse)
@@ -606,9 +660,9 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
 
 
 def stacked(observations):
-    """A list of observations as one array, float32, or uint8 where they are images."""
-    array = np.stack(observations)
-    return array if array.dtype == np.uint8 else array.astype(np.float32)
+    """Observations as one array, float32, or uint8 where they are images."""
+    array = np.asarray(observations)
+    return array if array.dtype == np.uint8 else array.astype(np.float32, copy=False)
 
 
 def evaluate(envs, act, num_episodes, prefix="eval/"):
@@ -616,7 +670,8 @@ def evaluate(envs, act, num_episodes, prefix="eval/"):
     successful episodes only and absent where there are none; {} for 0 episodes. envs, act: see `run_episodes`."""
     if num_episodes == 0:
         return {}
-    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes), batch_size=10)
+    batch_size = 10 if len(envs) > 1 else 1  # one robot does not wait for ten states' actions
+    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes), batch_size=batch_size)
     lengths = {success: [len(e["rewards"]) for e in episodes if e["success"] == success] for success in (True, False)}
     means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
     means |= {"return": np.mean([e["rewards"].sum() for e in episodes])}

@@ -49,7 +49,7 @@ class Args:
     """Defaults are the paper's for D4RL; PRESETS holds what an environment family changes; a flag given here wins."""
 
     env_id: str = "pointmaze-umaze-play"  # also antmaze-*-v2, kitchen-*-v0, metaworld-*, minari:*, any gymnasium id
-    dataset_path: str = ""  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts; empty: the family's
+    dataset_path: str | None = None  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
     seed: int = 0  # of everything random but the embedded data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
@@ -566,7 +566,7 @@ def train(args: Args) -> Path:
     dataset, online = common.ReplayBuffer(obs_dim, act_dim), common.ReplayBuffer(obs_dim, act_dim)
     if (args.bc_steps or args.offline_ratio) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-        dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as)
+        dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as, env=env)
     else:
         args.offline_steps = args.offline_distill_steps = 0  # nothing to learn from yet
     args.q_min, args.q_max = value_range(dataset.rewards[: len(dataset)], args)

@@ -73,7 +73,7 @@ class Args:
 
     env_id: str = "metaworld-drawer-close"  # any metaworld-*, or gymnasium id whose observations have an "image"
     instruction: str = ""  # what the policy is told; empty: the environment's
-    dataset_path: str = ""  # .hdf5 or .npz: observations (images), actions, rewards, terminals, timeouts
+    dataset_path: str | None = None  # .hdf5 or .npz: observations (images), actions, rewards, terminals, timeouts
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
     seed: int = 0  # of everything random but the embedded data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
@@ -1225,7 +1225,7 @@ def check(args):
         raise InputError(f"--unnorm-key {args.unnorm_key}: names statistics of a checkpoint; expected --checkpoint")
     if args.checkpoint and not args.lora_rank and args.dtype != "float32":
         raise InputError("--lora-rank 0: small steps are lost in bfloat16 weights; expected --dtype float32 with it")
-    if args.warmup_episodes and args.dataset_path:
+    if args.warmup_episodes and args.dataset_path is not None:
         raise InputError("--warmup-episodes: takes the place of a dataset; expected no --dataset-path beside it")
     if args.warmup_episodes and not (args.checkpoint or args.policy_checkpoint):
         raise InputError("--warmup-episodes: trials of a policy as it is; expected --checkpoint or --policy-checkpoint")
@@ -1259,7 +1259,8 @@ def train(args: Args) -> Path:
         args.bc_steps, args.offline_ratio = 0, 0.0
     elif (args.bc_steps or args.offline_ratio) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-        dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as, image_size)
+        inner = env.env if args.checkpoint else env
+        dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as, image_size, inner)
         if args.checkpoint:
             units = env.low + (dataset.actions + 1) / 2 * (env.high - env.low)
             dataset.actions = policy.normalize(units).astype(np.float32)

@@ -7,7 +7,6 @@ below says what it is for.
 
 import collections.abc
 import contextlib
-import ctypes.util
 import difflib
 import http.client
 import io
@@ -28,9 +27,6 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-if "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display; read when mujoco is first imported
-
 
 @contextlib.contextmanager
 def quiet():
@@ -46,15 +42,16 @@ def stand_ins():
     """While D4RL is imported: a mujoco-py, of which it only asks the version; no pybullet, whose environments are not
     needed; no news of gym; and a folder that exists for its datasets, which it would make."""
     modules = {"mujoco_py": types.SimpleNamespace(get_version=lambda: "2.1"), "pybullet": None, "gym_notices": None}
-    before, folder = {name: sys.modules.get(name) for name in modules}, os.environ.get("D4RL_DATASET_DIR")
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
+    folder = os.environ.get("D4RL_DATASET_DIR")
     sys.modules.update(modules)
     os.environ["D4RL_DATASET_DIR"] = tempfile.gettempdir()
     try:
         yield
     finally:
-        for name, module in before.items():
+        for name in modules:
             sys.modules.pop(name)
-            sys.modules.update({name: module} if module else {})
+        sys.modules.update(before)
         os.environ.pop("D4RL_DATASET_DIR")
         os.environ.update({"D4RL_DATASET_DIR": folder} if folder is not None else {})
 
@@ -266,9 +263,10 @@ def read_dataset(env_id, path):
     data.setdefault("timeouts", np.zeros_like(data["terminals"]))
     data.pop("next_observations", None)  # so that rows after the first with reward 4 are dropped
     vectors = [data[key] for key in ("rewards", "terminals", "timeouts")]
-    if len(data["rewards"]) and {vector.shape for vector in vectors} == {(len(data["rewards"]),)}:
+    good = all(vector.dtype.kind in "fiub" and not common.not_finite(vector).any() for vector in vectors)
+    if good and data["rewards"].size and {vector.shape for vector in vectors} == {(data["rewards"].size,)}:
         data["terminals"], data["timeouts"] = kitchen_ends(*vectors)
-    return data  # where their shapes differ the caller says so
+    return data  # where they are not, the caller says so
 
 
 def kitchen_ends(rewards, terminals, timeouts):

@@ -30,8 +30,11 @@ def make(env_id, render=False):
 
 
 def dataset_file(env_id):
-    """Path of the dataset's HDF5 file. Raises InputError."""
-    return load(env_id).storage.data_path / "main_data.hdf5"
+    """Path of the dataset's HDF5 file. Raises InputError, also for one that is stored as arrow or parquet."""
+    path = load(env_id).storage.data_path / "main_data.hdf5"
+    if not path.is_file():
+        raise common.InputError(f"--env-id {env_id}: no {path}; expected a dataset that is stored as HDF5")
+    return path
 
 
 def read_dataset(env_id, path):

@@ -16,11 +16,10 @@ import os
 import re
 import sys
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import ogbench
 from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
@@ -29,7 +28,7 @@ from ogbench.relabel_utils import relabel_dataset
 from ogbench.utils import DATASET_URL
 from tqdm import tqdm
 
-from common import InputError, cached_file
+from common import UNREADABLE, InputError, cached_file, not_finite, refuse_rows
 
 DATASET_KINDS = {
     "pointmaze": ("navigate", "stitch"),
@@ -102,12 +101,19 @@ class SingleTask(gym.Wrapper):
 
 
 def make(env_id, render=False):
-    """The environment env_id with OGBench's time limit; it can render whether asked to or not.
+    """The environment env_id with OGBench's time limit.
 
-    Raises InputError for an unknown id, with near misses.
+    Raises InputError for an unknown id, with near misses, and for render without OpenGL.
     """
     scene, _, task = parts(env_id)
-    return SingleTask(make_ogbench(f"{scene}-singletask{task}-v0", width=224, height=224))
+    env = SingleTask(make_ogbench(f"{scene}-singletask{task}-v0", width=224, height=224))
+    if render:
+        env.reset(seed=0)
+        try:
+            env.render()
+        except mujoco.FatalError as error:
+            raise InputError(f"--capture-video: {error}; expected libegl1, and MUJOCO_GL=egl or a display") from error
+    return env
 
 
 def make_ogbench(name, **options):
@@ -145,17 +151,37 @@ def read_dataset(env_id, path):
     """The arrays of `common.load_dataset` from OGBench's npz file `path`, relabelled by OGBench to env_id's task.
 
     An episode is terminal where OGBench's mask is 0, at success; OGBench's own terminals are its time limits. A state
-    that follows a success is another episode. Raises InputError for a file that is not OGBench's.
+    that follows a success is another episode. Raises InputError for a file that is not OGBench's, with the first bad
+    index.
     """
     try:
+        with np.load(path) as file:
+            check_rows({key: file[key] for key in ("observations", "actions", "terminals", "qpos")}, path)
         data = ogbench.load_dataset(path, add_info=True)
         relabel_dataset(env_id, make(env_id), data)
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except InputError:  # of check_rows
+        raise
+    except (*UNREADABLE, IndexError) as error:
         expected = "expected its npz with observations, actions, terminals and qpos"
-        raise InputError(f"--dataset-path {path}: cannot be read as OGBench's ({error}); {expected}") from error
+        raise InputError(f"dataset {path}: cannot be read as OGBench's ({error}); {expected}") from error
     success = data["masks"] == 0
     kept = {key: data[key] for key in ("observations", "actions", "rewards", "next_observations")}
     return kept | {"terminals": success, "timeouts": data["terminals"].astype(bool) & ~success}
+
+
+def check_rows(arrays, path):
+    """Raises InputError unless the arrays of OGBench's file `path` have a row each for every state, of finite numbers,
+    and an episode ends with the last. Here the index is that of the file: OGBench drops the last row of an episode."""
+    for key, array in arrays.items():
+        if array.dtype.kind not in "fiub":
+            raise InputError(f"dataset {path}: {key} has dtype {array.dtype}; expected numbers")
+        if array.shape[:1] != arrays["observations"].shape[:1]:
+            raise InputError(f"dataset {path}: {key} has shape {array.shape}; expected a row for each of observations")
+        refuse_rows(f"dataset {path}: {key}", array, not_finite(array), "expected finite float32 numbers")
+    actions = arrays["actions"]
+    refuse_rows(f"dataset {path}: actions", actions, np.abs(actions) > 1.002, "expected within [-1, 1]")
+    if not arrays["terminals"].size or not arrays["terminals"][-1]:
+        raise InputError(f"dataset {path}: terminals does not end with a 1; expected whole episodes")
 
 
 def make_dataset(env_id, num_episodes, episode_steps, seed=0):

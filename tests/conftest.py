@@ -1,3 +1,4 @@
+import ctypes.util
 import importlib
 import os
 import signal
@@ -16,6 +17,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("parl_*.py"))
 PARALLEL = ["parl_diffusion", "parl_gaussian", "parl_transformer"]  # the same but for their policy
 
 torch.set_num_threads(1)
+if ctypes.util.find_library("EGL"):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # what make_env(render=True) does, before any test imports MuJoCo
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -32,6 +32,15 @@ def test_all_tasks_have_a_class_an_expert_and_an_instruction():
     assert {common.family(env_id) for env_id in metaworld.IDS} == {("metaworld", "metaworld")}
 
 
+def test_all_tasks_give_demonstrations():
+    for env_id in metaworld.IDS:
+        episode = next(metaworld.demonstrations(env_id))
+        length = len(episode["actions"])
+        assert 1 <= length <= 200 and episode["observations"].shape == (length + 1, 39), env_id
+        assert np.isfinite(episode["observations"]).all() and np.abs(episode["actions"]).max() <= 1, env_id
+        assert np.ptp(episode["observations"][:, :3], axis=0).max() > 0.01, env_id  # the hand moves
+
+
 def test_unknown_tasks_are_refused_with_near_misses():
     for call in (metaworld.make, metaworld.dataset_file, metaworld.instruction, common.make_env):
         with pytest.raises(common.InputError, match=r"metaworld-drawer-opn: .* did you mean metaworld-drawer-open"):
@@ -127,7 +136,7 @@ def test_dataset_is_made_once_and_loads(monkeypatch, capsys):
     path = metaworld.dataset_file(DRAWER)
     assert "demonstrations succeed" in capsys.readouterr().out
     written = path.stat().st_mtime_ns
-    buffer = common.load_dataset(DRAWER, "", 1.0, -1.0, 0.99, sparse=True)
+    buffer = common.load_dataset(DRAWER, None, 1.0, -1.0, 0.99, sparse=True)
     assert path.stat().st_mtime_ns == written and capsys.readouterr().out == ""
     assert 1500 <= len(buffer) < 1700
     success = buffer.rewards == 0

@@ -1,5 +1,7 @@
 """Minari: a dataset recorded here by the minari package, with nested dict observations, read back and compared."""
 
+import types
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -100,6 +102,15 @@ def test_another_file_wins(recorded, tmp_path):
     rows = dict(actions=np.zeros((2, 1)), rewards=np.zeros(2), terminals=np.array([0, 1]), timeouts=np.zeros(2))
     np.savez(tmp_path / "mine.npz", observations=np.zeros((2, 6)), **rows)
     assert len(common.load_dataset(env_id, str(tmp_path / "mine.npz"))) == 2
+
+
+def test_other_storage_is_refused(recorded, monkeypatch, tmp_path):
+    """Minari's arrow and parquet have no such file."""
+    module = common.family_module(recorded[0])
+    storage = types.SimpleNamespace(data_path=tmp_path / "arrow")
+    monkeypatch.setattr(module, "load", lambda env_id: types.SimpleNamespace(storage=storage))
+    with pytest.raises(InputError, match=r"minari:test/reach-v0: no .*arrow/main_data\.hdf5; expected .* HDF5"):
+        common.dataset_file(recorded[0])
 
 
 def test_unknown_dataset(recorded):

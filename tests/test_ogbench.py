@@ -158,8 +158,32 @@ def test_bad_file(damage, cube_file, tmp_path):
             "another scene": arrays | {"qpos": arrays["qpos"][:, :21]},
         }[damage]
         np.savez(path, **arrays)
-    with pytest.raises(InputError, match=r"--dataset-path .*bad\.npz: cannot be read as OGBench's.*expected"):
+    with pytest.raises(InputError, match=r"dataset .*bad\.npz: cannot be read as OGBench's.*expected"):
         family.read_dataset(CUBE, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "index", "value", "message"),
+    [
+        (
+            "observations",
+            (8, 3),
+            np.nan,
+            r"observations\[8, 3\] = nan",
+        ),  # the row in the file, not in what is left of it
+        ("actions", (9, 1), 1.5, r"actions\[9, 1\] = 1.5; expected within \[-1, 1\]"),
+        ("qpos", (10, 0), np.inf, r"qpos\[10, 0\] = inf"),
+        ("terminals", slice(None), 0, "terminals does not end with a 1"),
+        ("terminals", 2, np.nan, r"terminals\[2\] = nan"),
+    ],
+)
+def test_bad_rows(key, index, value, message, cube_file):
+    arrays = dict(np.load(cube_file))
+    arrays[key] = arrays[key].astype(np.float32)
+    arrays[key][index] = value
+    np.savez(cube_file, **arrays)
+    with pytest.raises(InputError, match=rf"^dataset .*: {message}"):
+        family.read_dataset(CUBE, cube_file)
 
 
 def test_missing_dataset(tmp_path):

@@ -790,7 +790,11 @@ def test_means_over_episodes():
             done = self.t == 2 + self.seed
             return np.zeros(1, np.float32), 1.0, done, False, {"success": bool(done and self.seed % 2 == 0)}
 
-    means = common.evaluate([Fixed()], lambda obs, keys: np.zeros((len(obs), 1)), 4, "x/")
+    seen = []
+    means = common.evaluate([Fixed()], lambda obs, keys: seen.append(len(obs)) or np.zeros((len(obs), 1)), 4, "x/")
+    assert set(seen) == {1}  # one robot does not wait for ten actions
+    common.evaluate([Fixed(), Fixed()], lambda obs, keys: seen.append(len(obs)) or np.zeros((len(obs), 1)), 4)
+    assert set(seen) == {1, 10}
     assert means == {"x/success_rate": 0.5, "x/return": 3.5, "x/length": 3.5, "x/steps_to_goal": 3.0}
 
 
