@@ -266,8 +266,8 @@ def test_render(kitchen):
 def write_file(path, **arrays):
     with h5py.File(path, "w") as file:
         for name, array in arrays.items():
-            file.create_dataset(name, data=array, compression="gzip")
-        file.create_group("infos")["goal"] = np.zeros((len(arrays["rewards"]), 2))
+            file.create_dataset(name, data=array, compression="gzip" if np.ndim(array) else None)
+        file.create_group("infos")["goal"] = np.zeros((arrays["rewards"].size, 2))
     return path
 
 
@@ -289,7 +289,7 @@ def kitchen_file(path, **changes):
     return write_file(path, **data)
 
 
-def load(env_id, path):
+def load(env_id, path=None):
     args = parl.Args(**parl.PRESETS[common.family(env_id)[0]])
     settings = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
     return common.load_dataset(env_id, path, *settings), args
@@ -430,7 +430,7 @@ def test_download(env_id, write, folders, tmp_path, monkeypatch):
         path = d4rl.d4rl.infos.DATASET_URLS[env_id].replace("http://rail.eecs.berkeley.edu", "")
         monkeypatch.setitem(d4rl.d4rl.infos.DATASET_URLS, env_id, address + path)
         for _ in range(2):  # the second time from the disk
-            buffer, _ = load(env_id, "")
+            buffer, _ = load(env_id)
             assert len(buffer) in (7, 8)
     assert len(asked) == 1 and asked[0].startswith("/datasets/offline_rl/") and asked[0].endswith(NAMES[env_id])
     assert [file.name for file in folders[0].iterdir()] == [NAMES[env_id]]

@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import common
 import parl_diffusion as parl
 import parl_transformer as transformer
+from envs import d4rl
 
 
 def tensor(array):
@@ -203,13 +205,13 @@ def test_ddpm_network_sampling_chain_and_loss(golden, monkeypatch):
         close(parameter.grad, oriented(data[f"loss_grad/{golden_name(name)}"], name))
 
 
-@pytest.mark.parametrize("tag", ["antmaze", "antmaze_term_mid", "antmaze_scale10", "kitchen_bias0"])
+@pytest.mark.parametrize("tag", ["antmaze", "antmaze_term_mid", "antmaze_scale10", "kitchen", "kitchen_bias0"])
 def test_offline_returns(golden, tag):
     data = {name.split("/")[1]: array for name, array in golden("6a_mc_offline").items() if name.startswith(f"{tag}/")}
     sparse = tag.startswith("antmaze")
     kept = slice(0, -1)  # the released code drops the very last transition; ours keeps it, so the test drops it
     arrays = {name: data[f"in_{name}"][kept] for name in ("observations", "next_observations", "rewards", "terminals")}
-    arrays["terminals"] = arrays["terminals"] | ((arrays["rewards"] == 4) if tag == "kitchen_bias0" else False)
+    arrays["terminals"] = arrays["terminals"] | (False if sparse else arrays["rewards"] == 4)
     arrays["timeouts"] = np.zeros(len(arrays["rewards"]), bool)
     rewards = arrays["rewards"] * data["reward_scale"] + data["reward_bias"]
     episodes, _ = common.split_episodes(arrays)
@@ -219,6 +221,27 @@ def test_offline_returns(golden, tag):
     close(rewards, data["out_rewards"])
     close(np.concatenate(returns), data["out_mc_returns"])
     close(1.0 - arrays["terminals"], data["out_masks"])
+
+
+def test_kitchen_file_returns(golden, tmp_path):
+    """The same through the loader of D4RL's files, where what follows the first reward of 4 is dropped (tagged)."""
+    data = {name.split("/")[1]: array[:15] for name, array in golden("6a_mc_offline").items()
+            if name.startswith("kitchen/") and array.ndim}  # fmt: skip
+    states, following, rewards = (data[f"in_{name}"] for name in ("observations", "next_observations", "rewards"))
+    ends = np.flatnonzero([*(np.abs(states[1:] - following[:-1]).max(1) > 1e-6), True])
+    with h5py.File(tmp_path / "kitchen.hdf5", "w") as file:  # its last state is a row too, which is dropped
+        file["observations"] = np.insert(states, ends + 1, following[ends], axis=0)
+        file["rewards"], file["actions"] = np.insert(rewards, ends + 1, 0), np.zeros((len(rewards) + len(ends), 2))
+        file["terminals"] = np.insert(np.zeros(len(rewards)), ends + 1, 1)
+    arrays = d4rl.read_dataset("kitchen-mixed-v0", tmp_path / "kitchen.hdf5")
+    episodes, _ = common.split_episodes(arrays)
+    returns = [
+        common.mc_returns(arrays["rewards"][a:b] - 4.0, 1.0 - arrays["terminals"][a:b], 0.99) for a, b in episodes
+    ]
+    kept = np.ones(len(rewards), bool)
+    kept[[10, 11]] = False  # 4 again
+    assert rewards[9:12].tolist() == [4, 4, 4] and kept.sum() == sum(map(len, returns))
+    close(np.concatenate(returns), data["out_mc_returns"][kept])
 
 
 @pytest.mark.parametrize("case", ["fail", "succ", "succ_mask1_last", "mid", "mid_mask1"])

@@ -142,7 +142,7 @@ def test_maze_relabelled(tmp_path):
     assert data["timeouts"].tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("damage", ["missing", "folder", "not npz", "truncated", "no qpos", "lengths", "another scene"])
+@pytest.mark.parametrize("damage", ["missing", "folder", "not npz", "truncated", "no qpos", "another scene"])
 def test_bad_file(damage, cube_file, tmp_path):
     path, arrays = tmp_path / "bad.npz", dict(np.load(cube_file))
     if damage == "folder":
@@ -154,7 +154,6 @@ def test_bad_file(damage, cube_file, tmp_path):
     elif damage != "missing":
         arrays = {
             "no qpos": {key: value for key, value in arrays.items() if key != "qpos"},
-            "lengths": arrays | {"actions": arrays["actions"][:7]},
             "another scene": arrays | {"qpos": arrays["qpos"][:, :21]},
         }[damage]
         np.savez(path, **arrays)
@@ -183,6 +182,13 @@ def test_bad_rows(key, index, value, message, cube_file):
     arrays[key][index] = value
     np.savez(cube_file, **arrays)
     with pytest.raises(InputError, match=rf"^dataset .*: {message}"):
+        family.read_dataset(CUBE, cube_file)
+
+
+def test_unequal_lengths(cube_file):
+    arrays = dict(np.load(cube_file))
+    np.savez(cube_file, **arrays | {"actions": arrays["actions"][:7]})
+    with pytest.raises(InputError, match=r"actions has shape \(7, 5\); expected a row for each of observations"):
         family.read_dataset(CUBE, cube_file)
 
 
