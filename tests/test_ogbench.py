@@ -192,6 +192,18 @@ def test_unequal_lengths(cube_file):
         family.read_dataset(CUBE, cube_file)
 
 
+def test_render():
+    """The maze's ball and the cube's arm are there; without OpenGL the error comes before any training."""
+    try:
+        envs = [common.make_env(env_id, render=True) for env_id in (SINGLE, MAZE)]
+    except InputError as error:
+        pytest.skip(str(error))
+    for env in envs:
+        env.reset(seed=0)
+        image = env.render()
+        assert image.shape == (224, 224, 3) and image.dtype == np.uint8 and image.std() > 20
+
+
 def test_missing_dataset(tmp_path):
     with pytest.raises(InputError, match=rf"{tmp_path}/antmaze-large-stitch-v0\.npz; expected there https://"):
         common.dataset_file("antmaze-large-stitch-singletask-task2-v0")

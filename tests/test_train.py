@@ -188,7 +188,7 @@ def test_only_the_average_is_sampled_and_only_the_policy_trained(run):
     for call in named(run, "sample"):
         assert call.policy is average and not call.training
     seen = {(call.rows, call.num_samples, call.seeds is None) for call in named(run, "sample")}
-    raw, optimised = (10, 1, False), (10, SAMPLES, False)  # evaluation: ten rows, seeded
+    raw, optimised = (1, 1, False), (1, SAMPLES, False)  # evaluation: seeded
     acting, distillation, critic_update = (1, SAMPLES, True), (BATCH, SAMPLES, True), (2 * BATCH, SAMPLES, True)
     assert {raw, optimised, acting, distillation, critic_update} <= seen
 
