@@ -515,23 +515,24 @@ def check_dataset(data, path, env):
         raise InputError(f"dataset {path}: holds 0 transitions; expected at least 1")
     for key in sorted(data, key=lambda key: key != "rewards"):  # what gives the length comes first
         array, where, shape = data[key], f"dataset {path}: {key}", (length, *rows.get(key, ()))
-        if array.dtype.kind not in "fiub":
-            raise InputError(f"{where} has dtype {array.dtype}; expected numbers")
+        check_numbers(array, where)
         if key in ("observations", "next_observations") and len(shape) > 2 and array.dtype != np.uint8:
             raise InputError(f"{where} has dtype {array.dtype}; expected images, uint8")
         if array.shape != shape:
             source = "rewards and the policy's image size" if len(shape) > 2 else "rewards and the environment"
             raise InputError(f"{where} has shape {array.shape}; expected {shape}, from {source}")
-        refuse_rows(where, array, not_finite(array), "expected finite float32 numbers")
     actions, slack = data["actions"], 1e-3 * (high - low)
     bounds = " to ".join(f"[{', '.join(map(str, bound))}]" for bound in (low, high))
     bounds = f"expected within the environment's bounds {bounds}"
     refuse_rows(f"dataset {path}: actions", actions, (actions < low - slack) | (actions > high + slack), bounds)
 
 
-def not_finite(array):
-    """Where array is NaN, infinite, or beyond float32; False for integers (images)."""
-    return ~(np.abs(array) <= np.finfo(np.float32).max) if array.dtype.kind == "f" else np.zeros(1, bool)
+def check_numbers(array, where):
+    """Raises InputError, which begins with `where`, unless `array` holds numbers that are finite, in float32 too."""
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"{where} has dtype {array.dtype}; expected numbers")
+    if array.dtype.kind == "f":
+        refuse_rows(where, array, ~(np.abs(array) <= np.finfo(np.float32).max), "expected finite float32 numbers")
 
 
 def refuse_rows(where, array, bad, expected):
@@ -586,8 +587,7 @@ def load_dataset(
     low, high = action_bounds(env)
     actions = 2 * (data["actions"] - low) / (high - low) - 1
     rewards = data["rewards"].astype(np.float64) * reward_scale + reward_bias
-    scaled = f"--reward-scale {reward_scale} --reward-bias {reward_bias}: reward"
-    refuse_rows(scaled, rewards, not_finite(rewards), "expected finite float32 numbers")
+    check_numbers(rewards, f"--reward-scale {reward_scale} --reward-bias {reward_bias}: reward")
     data["terminals"] = data["terminals"].astype(bool)
     if sparse:
         if (data["terminals"] & (rewards < 0)).any():

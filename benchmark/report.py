@@ -42,14 +42,13 @@ MANIPULATION = {
         ("drawer_open", "metaworld-drawer-open"),
         ("door_open", "metaworld-door-open"),
         ("cube", "cube-single-noisy-singletask-task1-v0"),
-        ("pick_place", "metaworld-pick-place"),
     )
     for name, method in (
         ("", "`parl_diffusion.py`"),
         ("_rerank", "`parl_diffusion.py --num-gradient-steps 0`, re-ranking only"),
         ("_gaussian", "`parl_gaussian.py`"),
     )
-}
+} | {"pick_place": "metaworld-pick-place: `parl_diffusion.py`"}
 ANTMAZE = {"antmaze": "antmaze-medium-diverse-v2, made data, `parl_diffusion.py`"}
 OPENVLA = {
     "openvla": "`python parl_openvla.py`: a tiny OpenVLA closes a drawer (Meta-World) from camera images",
@@ -265,7 +264,7 @@ def main():
         plot_classes(runs, HERE / "classes.png")
     if {"rerank", "gradient"} <= set(runs):
         plot_ablations(runs, HERE / "ablations.png")
-    if set(MANIPULATION) - {"pick_place_rerank", "pick_place_gaussian"} <= set(runs):
+    if set(MANIPULATION) <= set(runs):
         plot_manipulation(runs, HERE / "manipulation.png")
     if "antmaze" in runs:
         plot_start_value(runs["antmaze"], HERE / "antmaze_start_value.png")

@@ -262,11 +262,13 @@ def read_dataset(env_id, path):
     data = common.read_dataset(path, optional=("timeouts", "next_observations"))
     data.setdefault("timeouts", np.zeros_like(data["terminals"]))
     data.pop("next_observations", None)  # so that rows after the first with reward 4 are dropped
-    vectors = [data[key] for key in ("rewards", "terminals", "timeouts")]
-    good = all(vector.dtype.kind in "fiub" and not common.not_finite(vector).any() for vector in vectors)
-    if good and data["rewards"].size and {vector.shape for vector in vectors} == {(data["rewards"].size,)}:
-        data["terminals"], data["timeouts"] = kitchen_ends(*vectors)
-    return data  # where they are not, the caller says so
+    vectors = {key: data[key] for key in ("rewards", "terminals", "timeouts")}
+    for key, vector in vectors.items():
+        common.check_numbers(vector, f"dataset {path}: {key}")
+    size = data["rewards"].size
+    if size and {vector.shape for vector in vectors.values()} == {(size,)}:
+        data["terminals"], data["timeouts"] = kitchen_ends(*vectors.values())
+    return data  # where their shapes differ the caller says so
 
 
 def kitchen_ends(rewards, terminals, timeouts):

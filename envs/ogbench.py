@@ -29,7 +29,8 @@ from ogbench.relabel_utils import relabel_dataset
 from ogbench.utils import DATASET_URL
 from tqdm import tqdm
 
-from common import UNREADABLE, InputError, cached_file, not_finite, refuse_rows
+import common
+from common import InputError, cached_file
 
 DATASET_KINDS = {
     "pointmaze": ("navigate", "stitch"),
@@ -167,7 +168,7 @@ def read_dataset(env_id, path):
         relabel_dataset(env_id, make(env_id), data)
     except InputError:  # of check_rows
         raise
-    except (*UNREADABLE, IndexError) as error:
+    except (*common.UNREADABLE, IndexError) as error:
         expected = "expected its npz with observations, actions, terminals and qpos"
         raise InputError(f"dataset {path}: cannot be read as OGBench's ({error}); {expected}") from error
     success = data["masks"] == 0
@@ -179,13 +180,11 @@ def check_rows(arrays, path):
     """Raises InputError unless the arrays of OGBench's file `path` have a row each for every state, of finite numbers,
     and an episode ends with the last. Here the index is that of the file: OGBench drops the last row of an episode."""
     for key, array in arrays.items():
-        if array.dtype.kind not in "fiub":
-            raise InputError(f"dataset {path}: {key} has dtype {array.dtype}; expected numbers")
+        common.check_numbers(array, f"dataset {path}: {key}")
         if array.shape[:1] != arrays["observations"].shape[:1]:
             raise InputError(f"dataset {path}: {key} has shape {array.shape}; expected a row for each of observations")
-        refuse_rows(f"dataset {path}: {key}", array, not_finite(array), "expected finite float32 numbers")
     actions = arrays["actions"]
-    refuse_rows(f"dataset {path}: actions", actions, np.abs(actions) > 1.002, "expected within [-1, 1]")
+    common.refuse_rows(f"dataset {path}: actions", actions, np.abs(actions) > 1.002, "expected within [-1, 1]")
     if not arrays["terminals"].size or not arrays["terminals"][-1]:
         raise InputError(f"dataset {path}: terminals does not end with a 1; expected whole episodes")
 
