@@ -349,6 +349,14 @@ def known_ids():
     return ids + list(gym.registry)
 
 
+def no_opengl(error):
+    """The InputError for what a missing OpenGL library raises."""
+    return InputError(
+        f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: no OpenGL ({' '.join(str(error).split())}); expected Debian's "
+        "libegl1 and libgl1 for egl (the default), or libosmesa6 for osmesa"
+    )
+
+
 class Success(gym.Wrapper):
     """Puts info["success"] into every step: the environment's own, or its info["is_success"], or where it reports
     neither, an end with a positive reward. With `ends`, the first success ends the episode."""

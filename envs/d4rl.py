@@ -189,7 +189,7 @@ class D4RL(gymnasium.Env):
         try:
             renderer = mujoco.Renderer(getattr(model, "ptr", model), 480, 480)  # dm_control's, or gym's
         except mujoco.FatalError as error:
-            raise InputError(f"--capture-video: {error}; expected libegl1, and MUJOCO_GL=egl or a display") from error
+            raise common.no_opengl(error) from error
         for slow in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[slow] = False
         return renderer

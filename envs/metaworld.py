@@ -21,15 +21,6 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-
-def no_opengl(error):
-    """The InputError for what a missing OpenGL library raises."""
-    return InputError(
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: no OpenGL ({' '.join(str(error).split())}); expected Debian's "
-        "libegl1 and libgl1 for egl (the default), or libosmesa6 for osmesa"
-    )
-
-
 try:
     import mujoco  # loads OpenGL where MUJOCO_GL names its kind
     from metaworld.env_dict import ENV_CLS_MAP
@@ -37,7 +28,7 @@ try:
 except ModuleNotFoundError:  # the caller's to report
     raise
 except (ImportError, AttributeError, RuntimeError) as error:
-    raise no_opengl(error) from error
+    raise common.no_opengl(error) from error
 
 INSTRUCTIONS = {  # task: what a language-conditioned policy is told
     "assembly": "put the ring onto the peg",
@@ -166,7 +157,7 @@ def opengl_context():
         context = importlib.import_module(f"mujoco.{backend}").GLContext(VIDEO_SIZE, VIDEO_SIZE)
         context.make_current()
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise no_opengl(error) from error
+        raise common.no_opengl(error) from error
     atexit.register(context.free)  # before EGL shuts down, or it complains
     return context
 

@@ -117,7 +117,7 @@ def make(env_id, render=False):
         try:
             env.render()
         except mujoco.FatalError as error:
-            raise InputError(f"--capture-video: {error}; expected libegl1, and MUJOCO_GL=egl or a display") from error
+            raise common.no_opengl(error) from error
         renderer = inner._renderer if is_arm else inner.custom_renderer
         atexit.register(renderer.close)  # OpenGL is gone when the interpreter collects it
     return env

@@ -1,9 +1,13 @@
 """OGBench: its environments as they are asked for here, its datasets as OGBench relabels them, and data made here."""
 
+import ctypes.util
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import common
 from common import InputError
@@ -164,12 +168,7 @@ def test_bad_file(damage, cube_file, tmp_path):
 @pytest.mark.parametrize(
     ("key", "index", "value", "message"),
     [
-        (
-            "observations",
-            (8, 3),
-            np.nan,
-            r"observations\[8, 3\] = nan",
-        ),  # the row in the file, not in what is left of it
+        ("observations", (8, 3), np.nan, r"observations\[8, 3\] = nan"),  # the row in the file
         ("actions", (9, 1), 1.5, r"actions\[9, 1\] = 1.5; expected within \[-1, 1\]"),
         ("qpos", (10, 0), np.inf, r"qpos\[10, 0\] = inf"),
         ("terminals", slice(None), 0, "terminals does not end with a 1"),
@@ -192,16 +191,25 @@ def test_unequal_lengths(cube_file):
         family.read_dataset(CUBE, cube_file)
 
 
-def test_render():
-    """The maze's ball and the cube's arm are there; without OpenGL the error comes before any training."""
-    try:
-        envs = [common.make_env(env_id, render=True) for env_id in (SINGLE, MAZE)]
-    except InputError as error:
-        pytest.skip(str(error))
-    for env in envs:
-        env.reset(seed=0)
-        image = env.render()
-        assert image.shape == (224, 224, 3) and image.dtype == np.uint8 and image.std() > 20
+@pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="needs libegl1")
+@pytest.mark.parametrize("env_id", [SINGLE, MAZE])
+def test_render(env_id):
+    """In a process of its own, where nobody sets MUJOCO_GL, and which ends without a word about OpenGL."""
+    code = f"import common; env = common.make_env('{env_id}', render=True); env.reset(seed=0); image = env.render()"
+    code += "; assert image.shape == (224, 224, 3) and image.dtype == 'uint8' and image.std() > 20"
+    environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "Exception" not in result.stderr, result.stderr
+
+
+def test_no_opengl_is_known_before_training(monkeypatch):
+    def missing(*_, **__):
+        raise family.mujoco.FatalError("an OpenGL platform library has not been loaded")
+
+    monkeypatch.setattr(family.mujoco, "Renderer", missing)
+    with pytest.raises(InputError, match=r"no OpenGL \(an OpenGL platform .*; expected Debian's libegl1"):
+        common.make_env(SINGLE, render=True)
 
 
 def test_missing_dataset(tmp_path):
