@@ -489,8 +489,8 @@ def cached_file(name, generate):
 
 
 # what numpy and h5py raise for a damaged file
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-UNREADABLE += (tokenize.TokenError, SyntaxError)
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error, tokenize.TokenError)
 
 
 def read_dataset(path, optional=("next_observations",)):

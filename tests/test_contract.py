@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shutil
+import zipfile
 from itertools import zip_longest
 
 import gymnasium as gym
@@ -218,6 +219,8 @@ def test_bad_dataset_files(tmp_path):
         file.create_group("actions")
     np.savez(tmp_path / "lost.npz", observations=np.zeros((1, 4)), actions=np.zeros((1, 2)), rewards=np.zeros(1),
              terminals=np.zeros(1), timeouts=np.ones(1))  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "header.npz", "w") as file:  # numpy tokenizes what it cannot parse
+        file.writestr("observations.npy", b"\x93NUMPY\x01\x00\x10\x00" + b"{'shape': (1,  \n")
     pickled = tmp_path / "pickled.npz"
     np.savez(pickled, observations=np.array([{}], dtype=object))
     for path, message in [
@@ -225,6 +228,7 @@ def test_bad_dataset_files(tmp_path):
         (tmp_path, "is a directory"),
         (truncated, "cannot be read as HDF5"),
         (text, "cannot be read as npz"),
+        (tmp_path / "header.npz", "cannot be read as npz"),
         (pickled, "cannot be read as npz"),  # nothing is unpickled
         (empty, "cannot be read as HDF5"),
         (tmp_path / "group.hdf5", "missing observations, actions"),
@@ -247,7 +251,8 @@ def test_damaged_files_are_read_or_refused(kind, tmp_path):
     good = path.read_bytes()
     for _ in range(150):
         bad = bytearray(good)
-        bad[rng.integers(len(bad))] ^= int(rng.integers(1, 256))
+        for where in rng.integers(len(bad), size=rng.integers(1, 30)):
+            bad[where] ^= int(rng.integers(1, 256))
         path.write_bytes(bad)
         try:
             common.read_dataset(path)
@@ -258,7 +263,7 @@ def test_damaged_files_are_read_or_refused(kind, tmp_path):
 
 def test_float64_and_float32_are_the_same_observation(tmp_path):
     """Rounded differently, each row would be an episode of its own."""
-    states = np.cumsum(np.random.default_rng(0).standard_normal((41, 4)), axis=0)
+    states = 100 * np.cumsum(np.random.default_rng(0).standard_normal((41, 4)), axis=0)
     path = write_dataset(
         tmp_path / "data.npz", observations=states[:-1], next_observations=states[1:].astype(np.float32)
     )
