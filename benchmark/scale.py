@@ -2,7 +2,7 @@
 
 python benchmark/scale.py load       # a random file in D4RL's layout: seconds to load, milliseconds for 256 transitions
 python benchmark/scale.py camera     # frames/s of metaworld-drawer-close, physics and image
-python benchmark/scale.py experts    # share of successful demonstrations in each of the 50 tasks (10 minutes)
+python benchmark/scale.py experts    # share of successful demonstrations in each of the 50 tasks (8 minutes)
 """
 
 import itertools

@@ -234,9 +234,9 @@ def make_images(env_id, size):
 def demonstrations(env_id, seed=0, image_size=0):
     """Episodes of the scripted expert of `env_id`, without end and the same for the same seed.
 
-    Gaussian noise on its actions rises by a tenth after a success and falls after a failure, so that about half of the
-    episodes succeed (with images, harder to clone, two thirds), whatever the task forgives; an episode's scale is half
-    to one and a half times that. Every fifth or so stops early, after 20 to 100 steps.
+    Gaussian noise on its actions rises by a tenth after a success and falls after a failure, so that in every task
+    about half of the episodes succeed (with images, harder to clone, two thirds); an episode's scale is half to one and
+    a half times that. Every fifth or so stops early, after 20 to 100 steps.
 
     Yields dicts of observations (L + 1, 39) float32, actions (L, 4) float32, rewards (L,) and masks (L,) float32,
     success (bool: it ends the episode), and with an image_size images (L + 1, image_size, image_size, 3) uint8; there

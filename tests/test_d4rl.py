@@ -263,6 +263,16 @@ def test_render(kitchen):
 # ---------------------------------------------------------------- datasets
 
 
+def test_stand_ins_give_back_what_was_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pybullet", "the user's")
+    monkeypatch.delitem(sys.modules, "mujoco_py", raising=False)
+    monkeypatch.setenv("D4RL_DATASET_DIR", "/the/user's")
+    with d4rl.stand_ins():
+        assert sys.modules["pybullet"] is None and sys.modules["mujoco_py"].get_version() == "2.1"
+    assert sys.modules["pybullet"] == "the user's" and "mujoco_py" not in sys.modules
+    assert os.environ["D4RL_DATASET_DIR"] == "/the/user's"
+
+
 def write_file(path, **arrays):
     with h5py.File(path, "w") as file:
         for name, array in arrays.items():
