@@ -13,12 +13,19 @@ action than the policy's, PA-RL makes one:
 in three phases: behaviour cloning; offline RL (the critic learns, the policy is frozen); online fine-tuning (collect an
 episode with optimised actions, distil, update the critic). The algorithm asks two things of a policy: `sample`, `loss`.
 
-    symbol  name                 meaning                           shape letters
-    K       num_samples          actions drawn per state           B  batch of states
-    M       num_keep             kept after re-ranking             N  any number of actions per state
-    T       num_gradient_steps   local optimisation steps          O  observation dimension
-    alpha   action_lr            their step size                   A  action dimension
-    E       ensemble_size        critics, a batch dimension        bins  of the value distribution
+    symbol  name                 meaning
+    Q       critic               value of an action in a state: the mean of an ensemble of networks
+    Q'      target_critic        its running average, which values the TD target
+    K       num_samples          actions drawn from the policy per state
+    M       num_keep             of which re-ranking keeps the best
+    T       num_gradient_steps   local optimisation steps
+    alpha   action_lr            their step size
+    E       ensemble_size        critics, a batch dimension
+    n       cql_n_actions        uniform actions in the CQL term, and the weight of each policy action there
+    gamma   discount             per environment step
+
+Shapes: B batch of states, O observation dimension, A action dimension, N any number of actions per state, bins of the
+value distribution.
 
 The policy here is the usual one of continuous control: a multi-layer perceptron gives the mean and the standard
 deviation of a normal distribution, and tanh brings its draws into [-1, 1] (Haarnoja et al., 2018).
@@ -27,6 +34,7 @@ deviation of a normal distribution, and tanh brings its draws into [-1, 1] (Haar
 """
 
 import copy
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -38,28 +46,20 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 from common import InputError
 
 
 @dataclass
-class Args:
-    """Defaults are the paper's for D4RL; PRESETS holds what an environment family changes; a flag given here wins."""
+class Args(common.RunArgs):
+    """The method's flags, beside those of every run (see common.RunArgs). Defaults are the paper's for D4RL."""
 
-    env_id: str = "pointmaze-umaze-play"  # also antmaze-*-v2, kitchen-*-v0, metaworld-*, minari:*, any gymnasium id
-    dataset_path: str | None = None  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts
-    policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
-    seed: int = 0  # of everything random but the embedded data
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
-    num_threads: int = 0  # CPU threads of torch; 0: all cores. Small networks are fastest with 1
-    compile: bool = False  # torch.compile the critic's and the policy's update
     # phases
     bc_steps: int = 3_000_000  # gradient steps of behaviour cloning
     offline_steps: int = 1_000_000  # critic updates of offline RL; 0: pure online
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
-    online_episodes: int | None = 1000  # episodes of fine-tuning; with --online-steps given too, whichever comes first
+    online_episodes: int | None = 1000  # episodes of it; one of the two flags given counts alone, of both the first met
     batch_size: int = 256  # transitions per update (B)
     # rewards
     discount: float = 0.99  # gamma, per environment step
@@ -86,21 +86,10 @@ class Args:
     # online fine-tuning
     policy_utd: int = 1  # distillation steps per environment step
     critic_utd: int = 1  # critic updates per environment step
-    offline_ratio: float = 0.5  # share of a critic batch from the dataset; 0: it leaves distillation batches as well
+    offline_ratio: float = 0.5  # dataset's share of a critic batch (of a distillation batch: by size); 0: of neither
     offline_distill_steps: int = 0  # distillation at the end of offline RL, for a policy that acts without a critic
     distill_argmax: bool = False  # distil the best candidate instead of a draw from softmax(Q)
-    # observations, evaluation, files
     normalize_obs: bool = True  # by the dataset's mean and std; --no-normalize-obs: as released
-    num_eval_episodes: int = 50  # per evaluation and policy, on fixed seeds; 0: no evaluation
-    eval_every: int = 50_000  # gradient steps (online: environment steps) between evaluations
-    log_every: int = 1000  # gradient steps between rows of metrics.csv; online: every episode
-    run_dir: str = ""  # default: runs/{env_id}__{script}__{seed}__{time}
-    resume: str = ""  # continue the run in this directory, with its flags
-    eval_only: bool = False  # with --resume: evaluate and stop
-    track: bool = False  # log to Weights & Biases as well
-    wandb_project: str = "parl"  # see --track
-    wandb_entity: str | None = None  # see --track
-    capture_video: bool = False  # write three episodes of each evaluation to videos/
     # policy
     bc_lr: float = 3e-4  # Adam in behaviour cloning, cosine to 0
     distill_lr: float = 5e-5  # Adam in distillation
@@ -110,30 +99,30 @@ class Args:
     num_layers: int = 2  # hidden layers
 
 
-# What a family of environments changes. A flag on the command line wins over all of it.
+SMALL = dict(  # sizes for a laptop's CPU
+    num_threads=1, online_episodes=None, ensemble_size=2, critic_lr=1e-3,
+    num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
+    bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, num_layers=2,
+)  # fmt: skip
+
+# What a family of environments changes: common.main starts from the one of --env-id, and a flag that is given wins.
 PRESETS = {
-    "pointmaze": dict(
-        sparse_reward=True, reward_bias=-1.0, discount=0.98, num_threads=1, eval_every=500, log_every=100,
-        bc_steps=8000, offline_steps=2000, online_steps=500, online_episodes=None, batch_size=128,
-        hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.02, cql_weight=0.1,
-        num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
-        bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=64, num_layers=2,
+    "pointmaze": SMALL | dict(
+        sparse_reward=True, reward_bias=-1.0, discount=0.98, eval_every=500, log_every=100,
+        bc_steps=8000, offline_steps=2000, online_steps=500, batch_size=128,
+        hidden_dims=(128, 128), target_rate=0.02, cql_weight=0.1, width=64,
     ),
     "antmaze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
     "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),  # pays 0 to 4 per step; no released value range
-    "metaworld": dict(
-        sparse_reward=True, reward_bias=-1.0, discount=0.99, num_threads=1, eval_every=2000, log_every=250,
-        bc_steps=10_000, offline_steps=4000, online_steps=4000, online_episodes=None, batch_size=64,
-        hidden_dims=(128, 128), ensemble_size=2, critic_lr=1e-3, target_rate=0.05, cql_weight=0.1,
-        num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
-        bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=64, num_layers=2,
+    "metaworld": SMALL | dict(
+        sparse_reward=True, reward_bias=-1.0, eval_every=2000, log_every=250,
+        bc_steps=10_000, offline_steps=4000, online_steps=4000, batch_size=64,
+        hidden_dims=(128, 128), target_rate=0.05, cql_weight=0.1, width=64,
     ),
-    "ogbench": dict(
-        sparse_reward=True, num_threads=1, eval_every=2000, log_every=250,
-        bc_steps=20_000, offline_steps=10_000, online_steps=4000, online_episodes=None, batch_size=64,
-        hidden_dims=(256, 256), ensemble_size=2, critic_lr=1e-3, target_rate=0.05, cql_weight=0.3,
-        num_samples=8, num_keep=3, num_gradient_steps=3, action_lr=5e-3,
-        bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=128, num_layers=2,
+    "ogbench": SMALL | dict(
+        sparse_reward=True, eval_every=2000, log_every=250,
+        bc_steps=20_000, offline_steps=10_000, online_steps=4000, batch_size=64,
+        hidden_dims=(256, 256), target_rate=0.05, cql_weight=0.3, width=128,
     ),
 }  # fmt: skip
 
@@ -144,8 +133,12 @@ PRESETS = {
 class GaussianPolicy(nn.Module):
     """tanh of a normal distribution whose mean and standard deviation (per dimension) are functions of the state."""
 
+    fixed_flags = ("width", "num_layers")  # of a checkpoint: its weights mean nothing with others
+
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
+        for name in ("width", "num_layers"):
+            common.check_flag(args, name, 1)
         self.act_dim = act_dim
         widths = [obs_dim, *[args.width] * args.num_layers]
         self.hidden = nn.ModuleList(nn.Linear(*shape) for shape in pairwise(widths))
@@ -188,23 +181,26 @@ class GaussianPolicy(nn.Module):
 def hl_gauss(target, args):
     """The value target (...,) as a distribution (..., bins): a normal around it, cut to [q_min, q_max].
 
-    HL-Gauss (Farebrother et al., 2024, eq. 3.2): differences of normal CDFs over the bins' edges, renormalised. They
-    are taken of log CDFs in the left tail, accurate there: a target far outside lands on the border bin, not on 0 / 0.
+    HL-Gauss (Farebrother et al., 2024, eq. 3.2): differences of normal CDFs over the bins' edges, renormalised.
     NOTE(differs): targets beyond the range are renormalised onto border bins, not clipped (as in the released code).
     NOTE(differs): the standard deviation is sqrt(2) * 0.75 bins, not 0.75 (as in the released code).
     """
     edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1, device=target.device)
     z = (edges - target[..., None]) / (math.sqrt(2) * 0.75 * (args.q_max - args.q_min) / args.num_bins)
-    low, high = z[..., :-1], z[..., 1:]  # (..., bins)
-    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)  # mirror the right tail to the left
+    low, high = z[..., :-1], z[..., 1:]  # (..., bins), of each bin's edges
+    # Far to the right a CDF rounds to 1, and a bin's share to 0; far to the left its logarithm is exact. So bins on the
+    # right are mirrored to the left, and a target far outside lands on the border bin, not on 0 / 0.
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
     log_probs = log_high + torch.log1p(-torch.exp(log_low - log_high))  # log(exp(log_high) - exp(log_low))
     return torch.softmax(log_probs, -1)  # renormalised
 
 
 def value_range(rewards, args):
-    """(q_min, q_max): the flags where given, else what the (scaled) rewards (N,) could add up to for ever."""
-    rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0) if args.sparse_reward else rewards
+    """(q_min, q_max): --q-min and --q-max where given, else the discounted sum of the lowest and of the highest reward
+    (but of 0, if that is lower or higher) for ever. rewards (N,): the dataset's, scaled. Raises InputError."""
+    if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
+        rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
     low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
@@ -233,8 +229,9 @@ class Critic(nn.Module):
         self.head_weight = nn.Parameter(nn.init.orthogonal_(torch.empty(widths[-1], outputs), 1e-2))  # (H, bins)
         self.head_bias = nn.Parameter(torch.zeros(outputs))
         for i, weight in enumerate(self.weights):
-            for member in weight.data:
-                nn.init.orthogonal_(member, 1e-2 if i == len(self.weights) - 1 else math.sqrt(2))
+            is_last = i == len(self.weights) - 1
+            for member in weight.data:  # the gain of 1e-2: at first all actions are worth the same
+                nn.init.orthogonal_(member, 1e-2 if is_last else math.sqrt(2))
         edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1)
         self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2, persistent=False)  # (bins,)
 
@@ -243,9 +240,9 @@ class Critic(nn.Module):
 
         members (E',): evaluate these members only, in this order.
         """
-
-        B, N, A = actions.shape  # the first layer's half for obs is computed once per state and shared by its N actions
+        B, N, A = actions.shape
         pick = (lambda parameter: parameter) if members is None else (lambda parameter: parameter[members])
+        # first layer: W [obs, action] = W_obs obs + W_act action, of which a state's N actions share the first
         obs_weight, act_weight = pick(self.weights[0]).split([obs.shape[-1], A], dim=1)
         from_obs = obs @ obs_weight + pick(self.biases[0])  # (E, B, H)
         h = from_obs[:, :, None] + (actions.reshape(B * N, A) @ act_weight).unflatten(1, (B, N))
@@ -287,11 +284,11 @@ def ascend(critic, obs, actions, args):
     """
     best_actions, best_q = actions, actions.new_full(actions.shape[:2], -torch.inf)
     for step in range(args.num_gradient_steps + 1):
-        more = step < args.num_gradient_steps
-        actions = actions.detach().requires_grad_(more)
-        with torch.set_grad_enabled(more):
+        moves = step < args.num_gradient_steps  # the last of the T + 1 points is only valued
+        actions = actions.detach().requires_grad_(moves)
+        with torch.set_grad_enabled(moves):
             q = critic(obs, actions)[0].mean(0)  # (B, M)
-            gradient = torch.autograd.grad(q.sum(), actions)[0] if more else 0.0  # touches no parameter's .grad
+            gradient = torch.autograd.grad(q.sum(), actions)[0] if moves else 0.0  # touches no parameter's .grad
         better = (q >= best_q).detach()
         best_actions = torch.where(better[..., None], actions, best_actions).detach()
         best_q = torch.where(better, q, best_q).detach()
@@ -305,7 +302,7 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))  # a hidden layer of 2 MB
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))  # at once: a hidden layer of 2 MB
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
@@ -332,7 +329,7 @@ def act(policy, critic, obs, args, seeds=None):
 
 @torch.no_grad()
 def optimization_info(critic, obs, candidates, args):
-    """What the optimisation did to candidates (B, K, A), for the log; the README has the equations."""
+    """What the optimisation did to candidates (B, K, A), for the log; docs/metrics.md has the equations."""
     kept = rerank(critic, obs, candidates, args)
     actions, q = ascend(critic, obs, kept, args)
     moved = (actions - kept).abs()  # (B, M, A)
@@ -351,19 +348,38 @@ def optimization_info(critic, obs, candidates, args):
     }
 
 
-def cached_samples(policy, states, act_dim, args):
-    """A frozen policy's K samples at each of states (S, O), (S, K, A) in float16, from the seed alone. None, to draw at
-    every touch, where they exceed --sample-cache-gb or the offline phase touches fewer states than there are.
+class SampleCache:
+    """A frozen policy's K samples at each of `states` (S, O), a replay buffer's, in float16, drawn from the seed alone.
+    Where they exceed --sample-cache-gb, or the phase touches fewer states, samples are drawn at every touch instead.
 
     NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
     """
-    gigabytes = 2e-9 * len(states) * args.num_samples * act_dim
-    if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
-        return None
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
-        chunks = tqdm(states.split(max(1, 8192 // args.num_samples)), "samples", leave=False, disable=None)
-        return torch.cat([policy.sample(chunk, args.num_samples).half() for chunk in chunks])
+
+    def __init__(self, policy, states, args):
+        self.policy, self.num_samples, self.actions = policy, args.num_samples, None
+        gigabytes = 2e-9 * len(states) * args.num_samples * policy.act_dim
+        if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            chunks = states.split(max(1, 8192 // args.num_samples))
+            samples = [policy.sample(chunk, args.num_samples).half() for chunk in common.with_bar(chunks, "samples")]
+            self.actions = torch.cat(samples)  # (S, K, A)
+
+    def samples(self, batch):
+        """(2B, K, A), at the batch's obs and next_obs."""
+        if self.actions is None:
+            return draw_samples(self.policy, batch, self.num_samples)
+        rows = batch["state_rows"]  # a state's next one is in the row after it
+        return self.actions[torch.cat([rows, rows + 1])].float()
+
+
+def draw_samples(policy, batch, num_samples):
+    """(2B, K, A), at the batch's obs and next_obs.
+
+    NOTE(differs): obs and next_obs get different noise (released: the same seed).
+    """
+    return policy.sample(torch.cat([batch["obs"], batch["next_obs"]]), num_samples)
 
 
 # ======================================== LOSSES ========================================
@@ -396,8 +412,9 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
     else:
         td_loss = -(hl_gauss(target, args) * torch.log_softmax(logits[:, :, 0], -1)).sum(-1).mean()
 
-    # CQL: push down a soft maximum over random and policy actions, push up the data's. Each policy action stands for n
-    # equal ones, scored once. Cal-QL: a policy action is never pushed below the return that the data reached from here.
+    # CQL: push down a soft maximum over random and policy actions at s (that for s' is one more that is likely there),
+    # push up the data's. Each policy action stands for n equal ones, scored once. Cal-QL: a policy action is never
+    # pushed below the return that the data reached from here.
     proposals = torch.cat([random_actions, batch["policy_actions"][:, None], batch["next_policy_actions"][:, None]], 1)
     q_proposals, _ = critic(obs, proposals, cql_members)  # (2, B, n + 2)
     q_random, q_policy = q_proposals.split([n, 2], dim=-1)
@@ -464,167 +481,169 @@ def learning_rate(base, step, num_steps, args, cosine=False):
 # ======================================== TRAIN ========================================
 
 
-def check(args):
-    """Raises InputError, naming the flag, for what cannot run."""
-    at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "width"}
-    at_least_one |= {"num_layers", "critic_utd", "eval_every", "log_every"}
-    upper = dict(
-        num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6, dropout=1
-    )
-    for name, value in vars(args).items():
-        low, high = int(name in at_least_one), upper.get(name, math.inf)
-        signed = name in ("reward_scale", "reward_bias", "q_min", "q_max")
-        if isinstance(value, (int, float)) and not signed and not low <= value <= high:
-            expected = f"between {low} and {high}" if name in upper else f"at least {low}"
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
-    if not args.hidden_dims or min(args.hidden_dims) < 1:
-        raise InputError(f"--hidden-dims {args.hidden_dims}: expected one or more widths of at least 1")
-    if args.num_bins == 1:
-        raise InputError("--num-bins 1: expected at least 2, or 0 for scalar values")
-    if args.online_steps is None and args.online_episodes is None:
-        raise InputError("--online-steps None and --online-episodes None: expected a number for one of them")
-    if args.eval_only and not args.resume:
-        raise InputError("--eval-only: expected --resume RUN, the run to evaluate")
-
-
 def train(args: Args) -> Path:
     """Behaviour cloning, offline RL, online fine-tuning. Returns the run's directory. Raises InputError."""
-    check(args)
+    common.check_flags(args)
     device, generator = common.start(args)  # torch's own generator draws noise, this one batches
 
-    # Environment, data, networks
-    env_args = (args.env_id, args.sparse_reward, args.capture_video)
-    env = common.make_env(*env_args)
-    num_more = min(10, args.num_eval_episodes) - 1 if common.family(args.env_id)[0] else 0  # of a robot there is one
-    eval_envs = [env, *(common.make_env(*env_args) for _ in range(num_more))]
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    dataset, online = common.ReplayBuffer(obs_dim, act_dim), common.ReplayBuffer(obs_dim, act_dim)
+    # Environment and data. In a project without envs/: your gymnasium environment, your common.ReplayBuffer
+    import envs
+
+    eval_envs = [envs.make(args.env_id, args.sparse_reward, args.capture_video) for _ in range(common.num_envs(args))]
+    env, obs_dim, act_dim = eval_envs[0], *eval_envs[0].observation_space.shape, *eval_envs[0].action_space.shape
     if (args.bc_steps or args.offline_ratio) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-        dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as, env=env)
+        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
     else:
-        args.offline_steps = args.offline_distill_steps = 0  # nothing to learn from yet
-    args.q_min, args.q_max = value_range(dataset.rewards[: len(dataset)], args)
-    states = dataset.states[: dataset.num_states]
-    # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
-    normalizer = common.Normalizer(obs_dim, states if args.normalize_obs else states[:0]).to(device)
-    policy = GaussianPolicy(obs_dim, act_dim, args).to(device)
-    policy_ema = copy.deepcopy(policy).eval()
-    critic = Critic(obs_dim, act_dim, args).to(device)
-    target_critic = copy.deepcopy(critic)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
-    compiled = common.compiled if args.compile else lambda function: function
-    improve_critic, improve_policy = compiled(update_critic), compiled(update_policy)
+        dataset = common.ReplayBuffer(obs_dim, act_dim)
+        args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # nothing to learn from yet
+    q_min, q_max = value_range(dataset.rewards[: len(dataset)], args)
+    args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
 
-    # The run's files; a policy to start from; a run to continue
-    run = common.Run(args, Path(__file__).stem, obs_dim, act_dim, generator)
-    if args.policy_checkpoint and not args.resume:
-        run.load(args.policy_checkpoint, "--policy-checkpoint", policy_ema=policy_ema, normalizer=normalizer)
-        policy.load_state_dict(policy_ema.state_dict())
-    run.keep(policy=policy, policy_ema=policy_ema, critic=critic, target_critic=target_critic, online=online)
-    run.keep(policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer, normalizer=normalizer)
-    counters = run.begin(dataset.sha256)
-
-    def draw_batch(num_offline):
-        """num_offline transitions of the dataset and others collected online, --batch-size in all; obs normalised."""
-        batch = common.sample_both(dataset, online, num_offline, args.batch_size - num_offline, generator)
-        batch = {name: value.to(device) for name, value in batch.items()}
-        return {**batch, "obs": normalizer(batch["obs"]), "next_obs": normalizer(batch["next_obs"])}
-
-    def draw_samples(batch):
-        """(2B, K, A), at obs and next_obs.
-
-        NOTE(differs): obs and next_obs get different noise (released: the same seed).
-        """
-        return policy_ema.sample(torch.cat([batch["obs"], batch["next_obs"]]), args.num_samples)
-
-    def act_raw(obs, keys):  # (N, O) raw observations -> (N, A)
-        return policy_ema.sample(normalizer(torch.from_numpy(obs).to(device)), 1, keys)[:, 0].cpu().numpy()
-
-    def act_optimized(obs, keys):
-        return act(policy_ema, critic, normalizer(torch.from_numpy(obs).to(device)), args, keys).cpu().numpy()
-
-    def act_online(obs, _keys):  # explores with the run's own generator
-        with run.timed("time/act_ms"):
-            return act_optimized(obs, None)
-
-    def evaluate():
-        """The eval columns of a row: the raw policy and, once there is a critic, the optimised one."""
-        row = common.evaluate(eval_envs, act_raw, args.num_eval_episodes, "eval/policy_")
-        if counters["phase"] != "bc":
-            row |= common.evaluate(eval_envs, act_optimized, args.num_eval_episodes, "eval/")
-        if args.capture_video:
-            folder = run.directory / "videos" / f"{counters['phase']}-{counters['gradient_step']}"
-            actor = act_raw if counters["phase"] == "bc" else act_optimized
-            common.run_episodes(eval_envs[:3], actor, common.EVALUATION_SEED + np.arange(3), video_dir=folder)
-        return row
-
-    def describe():
-        """The opt columns of a row: what action optimisation does to samples of the latest batch."""
-        return optimization_info(critic, batch["obs"], samples[: args.batch_size], args)
-
-    def distill(num_offline, lr):
-        """One step of the policy towards optimised actions, the batch's own among the candidates."""
-        with run.timed("time/distill_ms"):
-            batch = draw_batch(num_offline)
-            samples = policy_ema.sample(batch["obs"], args.num_samples)
-            actions, q = optimize_actions(critic, batch["obs"], samples, args, batch["actions"])
-            chosen = choose(actions, q, sample=not args.distill_argmax)
-            loss = improve_policy(policy, policy_ema, policy_optimizer, batch["obs"], chosen, lr, args)
-            run.average({"policy/distill_loss": loss})
-
+    # What learns; the run's folder; where the run is, what it logs, what it keeps
+    agent = Agent(dataset, obs_dim, act_dim, args, device, generator)
+    run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
+    directory, counters, log, checkpoint = run
+    evaluate = common.evaluation(eval_envs, agent, counters, directory, args)
     if args.eval_only:
         print(json.dumps(evaluate(), indent=2))
-        return run.directory
+        return directory
+    stop = common.StopSignal()
+    common.begin(*run, args)
+
+    def end_update(describe=dict):
+        """What ends each update of phases 1 and 2, and each online episode: log, evaluate, save, stop if asked."""
+        evaluates = counters.due(args.eval_every)
+        if evaluates or counters.due(args.log_every) or counters.phase == "online":
+            log.check_finite()
+            log.write(describe() | (evaluate() if evaluates else {}))
+            checkpoint.save()
+        if stop.asked:
+            checkpoint.save()
+            stop.leave(log)
 
     # Phase 1: behaviour cloning
-    for step in run.steps("bc", 0 if args.policy_checkpoint else args.bc_steps, evaluate):
-        batch = draw_batch(args.batch_size)
-        lr = learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)
-        loss = improve_policy(policy, policy_ema, policy_optimizer, batch["obs"], batch["actions"], lr, args)
-        run.average({"policy/bc_loss": loss})
+    for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps):
+        log.add(agent.clone(learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)))
+        end_update()
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
-    left = counters["offline"] < args.offline_steps
-    cache = cached_samples(policy_ema, normalizer(torch.from_numpy(states).to(device)), act_dim, args) if left else None
-    for _ in run.steps("offline", args.offline_steps, evaluate, describe):
-        with run.timed("time/critic_ms"):
-            batch = draw_batch(args.batch_size)
-            if cache is None:
-                samples = draw_samples(batch)
-            else:
-                rows = batch["state_rows"]  # the row after a state is its next state
-                samples = cache[torch.cat([rows, rows + 1])].float()
-            run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
-    if args.offline_distill_steps and counters["distill"] == 0:
-        policy_optimizer.state.clear()
-    for step in run.steps("distill", args.offline_distill_steps, evaluate):
-        distill(args.batch_size, learning_rate(args.distill_lr, step, args.offline_distill_steps, args))
+    cache = agent.cache_samples() if counters.done["offline"] < args.offline_steps else None
+    for _ in counters.steps("offline", args.offline_steps):
+        with log.timed("time/critic_ms"):
+            log.add(agent.improve_critic(args.batch_size, cache))
+        end_update(agent.describe)
+    if counters.done["distill"] == 0 < args.offline_distill_steps:
+        agent.policy_optimizer.state.clear()
+    for step in counters.steps("distill", args.offline_distill_steps):
+        with log.timed("time/distill_ms"):
+            lr = learning_rate(args.distill_lr, step, args.offline_distill_steps, args)
+            log.add(agent.distill(args.batch_size, lr))
+        end_update()
 
     # Phase 3: online fine-tuning: collect an episode, distil, update the critic
     # NOTE(differs): going online both optimisers start afresh, networks and target go on (as in the released code).
-    if counters["phase"] != "online":
-        policy_optimizer.state.clear()
-        critic_optimizer.state.clear()
+    if counters.phase != "online":
+        agent.policy_optimizer.state.clear()
+        agent.critic_optimizer.state.clear()
     num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
-    for seed in run.episodes(evaluate, describe):
-        (episode,) = common.run_episodes([env], act_online, [seed])
-        rewards = episode["rewards"] * args.reward_scale + args.reward_bias
-        returns = common.mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
-        online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
-        share = len(dataset) / (len(dataset) + len(online)) if args.offline_ratio else 0.0
-        first = args.policy_utd * counters["env_step"]
-        for step in range(first, first + args.policy_utd * len(rewards)):
-            distill(math.floor(args.batch_size * share), learning_rate(args.distill_lr, step, num_distill_steps, args))
-        for _ in range(args.critic_utd * len(rewards)):
-            with run.timed("time/critic_ms"):
-                batch = draw_batch(math.floor(args.batch_size * args.offline_ratio))
-                samples = draw_samples(batch)
-                run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
-        run.record(episode, args.critic_utd * len(rewards))
-    run.finish()
-    return run.directory
+    explore = log.timed("time/act_ms")(agent.explore)
+    for seed in counters.episodes():
+        (episode,) = common.run_episodes([env], explore, [seed])
+        length = agent.remember(episode)
+        share = len(dataset) / (len(dataset) + len(agent.online)) if args.offline_ratio else 0.0
+        first = args.policy_utd * counters.env_step
+        for step in range(first, first + args.policy_utd * length):
+            with log.timed("time/distill_ms"):
+                lr = learning_rate(args.distill_lr, step, num_distill_steps, args)
+                log.add(agent.distill(math.floor(args.batch_size * share), lr))
+        for _ in range(args.critic_utd * length):
+            with log.timed("time/critic_ms"):
+                log.add(agent.improve_critic(math.floor(args.batch_size * args.offline_ratio)))
+        log.add(counters.add_episode(episode, args.critic_utd * length))
+        end_update(agent.describe)
+    log.finish()
+    return directory
+
+
+class Agent:
+    """What learns and what it learns from: policy, critic, their averages and optimisers, normaliser, both buffers."""
+
+    def __init__(self, dataset, obs_dim, act_dim, args, device, generator):
+        self.dataset, self.online = dataset, common.ReplayBuffer(obs_dim, act_dim)
+        self.args, self.device, self.generator = args, device, generator
+        states = dataset.states[: dataset.num_states if args.normalize_obs else 0]
+        # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
+        self.normalizer = common.Normalizer(obs_dim, states).to(device)
+        self.policy = GaussianPolicy(obs_dim, act_dim, args).to(device)
+        self.policy_ema = copy.deepcopy(self.policy).eval()
+        self.critic = Critic(obs_dim, act_dim, args).to(device)
+        self.target_critic = copy.deepcopy(self.critic)
+        self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.bc_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
+        compiled = common.compiled if args.compile else lambda function: function
+        self.update_critic, self.update_policy = compiled(update_critic), compiled(update_policy)
+
+    def kept(self):
+        """What a checkpoint holds, by name."""
+        names = ("policy", "policy_ema", "critic", "target_critic", "online", "normalizer")
+        return {name: getattr(self, name) for name in (*names, "policy_optimizer", "critic_optimizer")}
+
+    def draw_batch(self, num_offline):
+        """num_offline transitions of the dataset and others collected online, --batch-size in all; obs normalised."""
+        num_online = self.args.batch_size - num_offline
+        batch = common.sample_both(self.dataset, self.online, num_offline, num_online, self.generator)
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        return {**batch, "obs": self.normalizer(batch["obs"]), "next_obs": self.normalizer(batch["next_obs"])}
+
+    def clone(self, lr):
+        """One step of the policy towards the dataset's actions."""
+        batch = self.draw_batch(self.args.batch_size)
+        return {"policy/bc_loss": self.improve_policy(batch["obs"], batch["actions"], lr)}
+
+    def distill(self, num_offline, lr):
+        """One step of the policy towards optimised actions, the batch's own among the candidates."""
+        batch = self.draw_batch(num_offline)
+        samples = self.policy_ema.sample(batch["obs"], self.args.num_samples)
+        actions, q = optimize_actions(self.critic, batch["obs"], samples, self.args, batch["actions"])
+        chosen = choose(actions, q, sample=not self.args.distill_argmax)
+        return {"policy/distill_loss": self.improve_policy(batch["obs"], chosen, lr)}
+
+    def improve_policy(self, obs, actions, lr):
+        return self.update_policy(self.policy, self.policy_ema, self.policy_optimizer, obs, actions, lr, self.args)
+
+    def improve_critic(self, num_offline, cache=None):
+        """One critic update, on samples from the cache of a frozen policy, or drawn now."""
+        batch = self.draw_batch(num_offline)
+        samples = cache.samples(batch) if cache else draw_samples(self.policy_ema, batch, self.args.num_samples)
+        self.latest = batch["obs"], samples[: self.args.batch_size]
+        return self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
+
+    def cache_samples(self):
+        return SampleCache(self.policy_ema, self.normalized(self.dataset.states[: self.dataset.num_states]), self.args)
+
+    def describe(self):
+        """The opt columns of a row: what action optimisation does to samples of the latest batch."""
+        return optimization_info(self.critic, *self.latest, self.args)
+
+    def normalized(self, obs):  # (N, O) raw observations, numpy -> (N, O)
+        return self.normalizer(torch.from_numpy(obs).to(self.device))
+
+    def act_raw(self, obs, keys):  # raw observations -> (N, A); keys seed the noise, see common.run_episodes
+        return self.policy_ema.sample(self.normalized(obs), 1, keys)[:, 0].cpu().numpy()
+
+    def act(self, obs, keys):
+        return act(self.policy_ema, self.critic, self.normalized(obs), self.args, keys).cpu().numpy()
+
+    def explore(self, obs, _keys):  # noise from the run's own generator
+        return self.act(obs, None)
+
+    def remember(self, episode):
+        """Add an episode of common.run_episodes to the online buffer. Returns its length."""
+        rewards = episode["rewards"] * self.args.reward_scale + self.args.reward_bias
+        returns = common.mc_returns(rewards, episode["masks"], self.args.discount, self.args.sparse_reward)
+        self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
+        return len(rewards)
 
 
 if __name__ == "__main__":
