@@ -89,6 +89,8 @@ def cache_sized(rows, *tensors):
 class Normalizer(torch.nn.Module):
     """obs (..., O) -> (obs - mean) / std of `states` (S, O), with std at least 1e-3; the identity for no states."""
 
+    fixed_flags = ("normalize_obs",)
+
     def __init__(self, obs_dim, states=()):
         super().__init__()
         states = states if len(states) else np.array([[-1.0], [1.0]]) * np.ones(obs_dim)
@@ -336,14 +338,12 @@ class Counters:
 
     def add_episode(self, episode, num_updates):
         """Count an online episode and the critic updates that followed it. Returns its columns of metrics.csv."""
-        length = len(episode["rewards"])
+        columns, length = episode_columns(episode), len(episode["rewards"])
         self.gradient_step, self.episode = self.gradient_step + num_updates, self.episode + 1
         self.env_step = self.done["online"] = self.env_step + length
         self.successes += int(episode["success"])
         self.is_last = self.is_enough()
-        columns = {"length": length, "return": episode["rewards"].sum(), "success": episode["success"]}
-        columns["regret"] = 1 - self.successes / self.episode
-        return {f"train/{name}": float(value) for name, value in columns.items()}
+        return columns | {"train/regret": 1 - self.successes / self.episode}
 
     def due(self, every):
         """Has the phase gone past a multiple of `every` steps (online: of the environment), or ended?"""
@@ -362,6 +362,11 @@ class Counters:
     def load_state_dict(self, state):
         for name, value in state.items():
             setattr(self, name, collections.Counter(value) if isinstance(value, dict) else value)
+
+
+def episode_columns(episode):
+    columns = {"length": len(episode["rewards"]), "return": episode["rewards"].sum(), "success": episode["success"]}
+    return {f"train/{name}": float(value) for name, value in columns.items()}
 
 
 COLUMNS = """
@@ -553,8 +558,7 @@ class Checkpoint:
 
     def resume(self):
         """Load what was kept. Raises InputError where it is another run's, or flags ask for more of a past phase."""
-        fixed = ["policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward"]
-        fixed += ["num_bins", "q_min", "q_max", "critic_image_size"]
+        fixed = ("policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward")
         state = load_checkpoint(self.path, "--resume", self.args, self.identity, fixed, **self.kept)
         self.check_phases(state["args"], self.kept["counters"])
         self.generator.bit_generator.state = json.loads(state["numpy_rng"])
@@ -575,7 +579,8 @@ class Checkpoint:
 def load_checkpoint(path, flag, args, identity, fixed=(), **objects):
     """Load `objects` from a checkpoint and return it. Raises InputError, naming `flag`, for another identity or shape.
 
-    fixed: more flags that change what its numbers mean, beside the policy's own `fixed_flags` and normalize_obs.
+    fixed: flags that must be the same there and here, beside the `fixed_flags` that an object may have: with others its
+    numbers would mean something else.
     """
     if not Path(path).is_file():
         raise InputError(f"{flag} {path}: no such file; expected the checkpoint.pt of a run")
@@ -588,8 +593,8 @@ def load_checkpoint(path, flag, args, identity, fixed=(), **objects):
     for name, expected in identity.items():
         if checkpoint.get(name) != expected:
             raise InputError(f"{flag} {path}: {name} is {checkpoint.get(name)} there; expected {expected}")
-    for name in ("normalize_obs", *getattr(objects.get("policy_ema"), "fixed_flags", ()), *fixed):
-        there, here = checkpoint["args"].get(name), getattr(args, name, None)
+    for name in (*fixed, *(flag for item in objects.values() for flag in getattr(item, "fixed_flags", ()))):
+        there, here = checkpoint["args"].get(name), getattr(args, name)
         if there != here:
             flag_there = f"--{name.replace('_', '-')} is {there!r} there and {here!r} here"
             raise InputError(f"{flag} {path}: {flag_there}; expected the same")

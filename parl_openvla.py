@@ -14,13 +14,21 @@ in three phases: behaviour cloning, or with --warmup-episodes trials of a releas
 critic learns, the policy is frozen); online fine-tuning (collect an episode with optimised actions, distil, update the
 critic). The algorithm asks two things of a policy: `sample`, `loss`.
 
-    symbol  name                 meaning                           shape letters
-    K       num_samples          actions drawn per state           B  batch of states   N  any number of actions per one
-    M       num_keep             kept after re-ranking             O  width of the critic's encoding of an image
-    T       num_gradient_steps   local optimisation steps          A  action dimensions
-    alpha   action_lr            their step size                   P  positions of the prefix: image and prompt, padded
-    E       ensemble_size        critics, a batch dimension        L  any number of positions
-    R       targets_per_image    actions distilled per image       W  width of a layer, D of an attention head
+    symbol  name                 meaning
+    Q       critic               value of an action in a state: the mean of an ensemble of networks
+    Q'      target_critic        its running average, which values the TD target
+    K       num_samples          actions drawn from the policy per state
+    M       num_keep             of which re-ranking keeps the best
+    T       num_gradient_steps   local optimisation steps
+    alpha   action_lr            their step size
+    E       ensemble_size        critics, a batch dimension
+    n       cql_n_actions        uniform actions in the CQL term, and the weight of each policy action there
+    gamma   discount             per environment step
+    R       targets_per_image    actions distilled per image
+
+Shapes: B batch of states, O width of the critic's encoding of an image, A action dimensions, N any number of actions
+per state, P positions of the prefix (image and prompt, padded), L any number of positions, W width of a layer, D of an
+attention head.
 
 The policy here is OpenVLA-7B (Kim et al., 2024, https://arxiv.org/abs/2406.09246): two vision transformers see the
 image, a projector turns their patches into words, and Llama 2 reads them with the instruction and writes one token per
@@ -68,23 +76,17 @@ from common import InputError
 
 
 @dataclass
-class Args:
-    """Defaults are the paper's for OpenVLA where it has them; PRESETS holds what a family changes; a flag wins."""
+class Args(common.RunArgs):
+    """The method's flags, beside those of every run (see common.RunArgs); the paper's for OpenVLA where it has them."""
 
     env_id: str = "metaworld-drawer-close"  # any metaworld-*, or gymnasium id whose observations have an "image"
     instruction: str = ""  # what the policy is told; empty: the environment's
-    dataset_path: str | None = None  # .hdf5 or .npz: observations (images), actions, rewards, terminals, timeouts
-    policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
-    seed: int = 0  # of everything random but the embedded data
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
-    num_threads: int = 0  # CPU threads of torch; 0: all cores. Small networks are fastest with 1
-    compile: bool = False  # torch.compile the critic's update
     # phases
     warmup_episodes: int = 0  # trials of the policy as it is, in place of a dataset and cloning
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     offline_steps: int = 10_000  # critic updates of offline RL; 0: pure online
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
-    online_episodes: int | None = 100  # episodes of fine-tuning; with --online-steps given too, whichever comes first
+    online_episodes: int | None = 100  # episodes of it; one of the two flags given counts alone, of both the first met
     batch_size: int = 16  # transitions per update (B)
     # rewards
     discount: float = 0.99  # gamma, per environment step
@@ -115,20 +117,9 @@ class Args:
     # online fine-tuning
     policy_utd: int = 1  # distillation steps per environment step
     critic_utd: int = 1  # critic updates per environment step
-    offline_ratio: float = 0.5  # share of a critic batch from the dataset; 0: it leaves distillation batches as well
+    offline_ratio: float = 0.5  # dataset's share of a critic batch (of a distillation batch: by size); 0: of neither
     offline_distill_steps: int = 0  # distillation at the end of offline RL, for a policy that acts without a critic
     distill_argmax: bool = False  # distil the best candidate instead of a draw from softmax(Q)
-    # evaluation, files
-    num_eval_episodes: int = 50  # per evaluation and policy, on fixed seeds; 0: no evaluation
-    eval_every: int = 50_000  # gradient steps (online: environment steps) between evaluations
-    log_every: int = 1000  # gradient steps between rows of metrics.csv; online: every episode
-    run_dir: str = ""  # default: runs/{env_id}__{script}__{seed}__{time}
-    resume: str = ""  # continue the run in this directory, with its flags
-    eval_only: bool = False  # with --resume: evaluate and stop
-    track: bool = False  # log to Weights & Biases as well
-    wandb_project: str = "parl"  # see --track
-    wandb_entity: str | None = None  # see --track
-    capture_video: bool = False  # write three episodes of each evaluation to videos/
     # policy
     bc_lr: float = 2e-5  # Adam in behaviour cloning, cosine to 0
     distill_lr: float = 2e-5  # Adam in distillation
@@ -144,7 +135,8 @@ class Args:
     images_per_forward: int = 16  # images sampled from at a time
 
 
-# What a family of environments changes, here for the tiny model. A flag on the command line wins over all of it.
+# What a family of environments changes, here for the tiny model: common.main starts from the one of --env-id, and a
+# flag that is given wins.
 PRESETS = {
     "metaworld": dict(
         discount=0.95, num_threads=1, eval_every=500, log_every=50, num_eval_episodes=20,
@@ -375,6 +367,9 @@ class OpenVLAPolicy(nn.Module):
     act_dim: A. sizes: the model's. statistics: {"q01": (A,), "q99": (A,), "mask": (A,)} of the environment's actions,
     None where they are in [-1, 1] already. tokenizer: of the `tokenizers` package; None: a token is a byte.
     """
+
+    # of a checkpoint: its weights mean nothing with others
+    fixed_flags = ("checkpoint", "unnorm_key", "dtype", "lora_rank", "lora_alpha")
 
     def __init__(self, act_dim, args, sizes=TINY, statistics=None, tokenizer=None):
         super().__init__()
@@ -762,23 +757,26 @@ def merge_adapters(checkpoint_path, adapters_path, target):
 def hl_gauss(target, args):
     """The value target (...,) as a distribution (..., bins): a normal around it, cut to [q_min, q_max].
 
-    HL-Gauss (Farebrother et al., 2024, eq. 3.2): differences of normal CDFs over the bins' edges, renormalised. They
-    are taken of log CDFs in the left tail, accurate there: a target far outside lands on the border bin, not on 0 / 0.
+    HL-Gauss (Farebrother et al., 2024, eq. 3.2): differences of normal CDFs over the bins' edges, renormalised.
     NOTE(differs): targets beyond the range are renormalised onto border bins, not clipped (as in the released code).
     NOTE(differs): the standard deviation is sqrt(2) * 0.75 bins, not 0.75 (as in the released code).
     """
     edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1, device=target.device)
     z = (edges - target[..., None]) / (math.sqrt(2) * 0.75 * (args.q_max - args.q_min) / args.num_bins)
-    low, high = z[..., :-1], z[..., 1:]  # (..., bins)
-    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)  # mirror the right tail to the left
+    low, high = z[..., :-1], z[..., 1:]  # (..., bins), of each bin's edges
+    # Far to the right a CDF rounds to 1, and a bin's share to 0; far to the left its logarithm is exact. So bins on the
+    # right are mirrored to the left, and a target far outside lands on the border bin, not on 0 / 0.
+    low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
     log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
     log_probs = log_high + torch.log1p(-torch.exp(log_low - log_high))  # log(exp(log_high) - exp(log_low))
     return torch.softmax(log_probs, -1)  # renormalised
 
 
 def value_range(rewards, args):
-    """(q_min, q_max): the flags where given, else what the (scaled) rewards (N,) could add up to for ever."""
-    rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0) if args.sparse_reward else rewards
+    """(q_min, q_max): --q-min and --q-max where given, else the discounted sum of the lowest and of the highest reward
+    (but of 0, if that is lower or higher) for ever. rewards (N,): the dataset's, scaled. Raises InputError."""
+    if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
+        rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
     low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
@@ -812,6 +810,9 @@ class Critic(nn.Module):
     NOTE(differs): all members of the ensemble share one output head (as in the released code).
     """
 
+    # of a checkpoint: its weights mean nothing with others
+    fixed_flags = ("num_bins", "q_min", "q_max", "critic_image_size")
+
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
         layers, channels, self.image_size = [], 3, args.critic_image_size
@@ -829,8 +830,9 @@ class Critic(nn.Module):
         self.head_weight = nn.Parameter(nn.init.orthogonal_(torch.empty(widths[-1], outputs), 1e-2))  # (H, bins)
         self.head_bias = nn.Parameter(torch.zeros(outputs))
         for i, weight in enumerate(self.weights):
-            for member in weight.data:
-                nn.init.orthogonal_(member, 1e-2 if i == len(self.weights) - 1 else math.sqrt(2))
+            is_last = i == len(self.weights) - 1
+            for member in weight.data:  # the gain of 1e-2: at first all actions are worth the same
+                nn.init.orthogonal_(member, 1e-2 if is_last else math.sqrt(2))
         edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1)
         self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2, persistent=False)  # (bins,)
 
@@ -888,11 +890,11 @@ def ascend(critic, obs, actions, args):
     """
     best_actions, best_q = actions, actions.new_full(actions.shape[:2], -torch.inf)
     for step in range(args.num_gradient_steps + 1):
-        more = step < args.num_gradient_steps
-        actions = actions.detach().requires_grad_(more)
-        with torch.set_grad_enabled(more):
+        moves = step < args.num_gradient_steps  # the last of the T + 1 points is only valued
+        actions = actions.detach().requires_grad_(moves)
+        with torch.set_grad_enabled(moves):
             q = critic(obs, actions)[0].mean(0)  # (B, M)
-            gradient = torch.autograd.grad(q.sum(), actions)[0] if more else 0.0  # touches no parameter's .grad
+            gradient = torch.autograd.grad(q.sum(), actions)[0] if moves else 0.0  # touches no parameter's .grad
         better = (q >= best_q).detach()
         best_actions = torch.where(better[..., None], actions, best_actions).detach()
         best_q = torch.where(better, q, best_q).detach()
@@ -906,7 +908,7 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))  # a hidden layer of 2 MB
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))  # at once: a hidden layer of 2 MB
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
@@ -935,7 +937,7 @@ def act(policy, critic, obs, args, seeds=None):
 
 @torch.no_grad()
 def optimization_info(critic, obs, candidates, args):
-    """What the optimisation did to candidates (B, K, A), for the log; the README has the equations."""
+    """What the optimisation did to candidates (B, K, A), for the log; docs/metrics.md has the equations."""
     kept = rerank(critic, obs, candidates, args)
     actions, q = ascend(critic, obs, kept, args)
     moved = (actions - kept).abs()  # (B, M, A)
@@ -1039,8 +1041,9 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
     else:
         td_loss = -(hl_gauss(target, args) * torch.log_softmax(logits[:, :, 0], -1)).sum(-1).mean()
 
-    # CQL: push down a soft maximum over random and policy actions, push up the data's. Each policy action stands for n
-    # equal ones, scored once. Cal-QL: a policy action is never pushed below the return that the data reached from here.
+    # CQL: push down a soft maximum over random and policy actions at s (that for s' is one more that is likely there),
+    # push up the data's. Each policy action stands for n equal ones, scored once. Cal-QL: a policy action is never
+    # pushed below the return that the data reached from here.
     proposals = torch.cat([random_actions, batch["policy_actions"][:, None], batch["next_policy_actions"][:, None]], 1)
     q_proposals, _ = critic(obs, proposals, cql_members)  # (2, B, n + 2)
     q_random, q_policy = q_proposals.split([n, 2], dim=-1)
@@ -1125,6 +1128,241 @@ def learning_rate(base, step, num_steps, args, cosine=False):
 # ======================================== TRAIN ========================================
 
 
+def train(args: Args) -> Path:
+    """Behaviour cloning or warm-up trials, offline RL, online fine-tuning. Returns the run's directory.
+
+    With torchrun all ranks do the same, but that each draws its share of samples and takes its share of the policy's
+    batch, and that the environment, the chosen actions and the files are rank 0's. Raises InputError.
+    """
+    common.check_flags(args)
+    check(args)
+    join_ranks(args)
+    device, generator = common.start(args)  # torch's own generator draws noise, this one batches
+    rank, num_ranks = ranks()
+
+    # Environment, policy, data
+    import envs
+
+    image_size = (OPENVLA_7B if args.checkpoint else TINY).image_size
+    env_args = (args.env_id, args.sparse_reward, args.capture_video and rank == 0, image_size)
+    eval_envs = [envs.make(*env_args) for _ in range(common.num_envs(args) if rank == 0 else 1)]
+    env, act_dim = eval_envs[0], eval_envs[0].action_space.shape[0]
+    instruction = from_rank_0(instruction_of(env, args) if rank == 0 else "")
+    args = dataclasses.replace(args, instruction=instruction)
+    policy = load_policy(act_dim, args, device)
+    policy.prompt(args.instruction)  # raises an error where it is too long
+    if args.warmup_episodes:
+        args = dataclasses.replace(args, bc_steps=0, offline_ratio=0.0)
+    dataset = common.ReplayBuffer((image_size, image_size, 3), act_dim, np.uint8)
+    if (args.bc_steps or args.offline_ratio) and not args.eval_only:
+        rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
+        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
+    elif not args.warmup_episodes:
+        args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # nothing to learn from yet
+    if args.checkpoint:
+        eval_envs = [PolicyUnits(one, policy, *envs.action_bounds(one)) for one in eval_envs]
+        env = eval_envs[0]
+        dataset.actions = env.reverse_action(dataset.actions)
+    q_min, q_max = value_range(dataset.rewards[: len(dataset)], args)
+    args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
+
+    # What learns; the run's folder; where the run is, what it logs, what it keeps
+    agent = Agent(dataset, policy, act_dim, args, device, generator)
+    run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
+    directory, counters, log, checkpoint = run
+    counters.quiet = rank > 0
+    evaluate = common.evaluation(eval_envs, agent, counters, directory, args) if rank == 0 else dict
+    if args.eval_only:
+        if rank == 0:
+            print(json.dumps(evaluate(), indent=2))
+        return directory
+    stop = common.StopSignal()
+    if rank == 0:
+        common.begin(*run, args)
+
+    def end_update(describe=dict):
+        """What ends each update of phases 1 and 2, and each episode: log, evaluate, save, stop if asked."""
+        evaluates = counters.due(args.eval_every) and counters.phase != "warmup"
+        if evaluates or counters.due(args.log_every) or counters.phase in ("warmup", "online"):
+            log.check_finite()
+            row = describe() | (evaluate() if evaluates else {})
+            if rank == 0:
+                log.write(row)
+                checkpoint.save()
+        if from_rank_0(stop.asked):  # all ranks together
+            if rank > 0:
+                sys.exit(0)
+            checkpoint.save()
+            stop.leave(log)
+
+    # Phase 1: behaviour cloning, or trials of the policy as it is
+    for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps):
+        log.add(agent.clone(learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)))
+        end_update()
+    for index in range(counters.done["warmup"], args.warmup_episodes):
+        counters.phase = "warmup"
+        with log.timed("time/act_ms"):
+            episode = agent.collect(env, agent.explore_raw, common.reset_seed(args.seed, 2, index))
+        counters.done["warmup"] += 1
+        log.add(common.episode_columns(episode))
+        end_update()
+
+    # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
+    num_offline = 0 if args.warmup_episodes else args.batch_size
+    for _ in counters.steps("offline", args.offline_steps):
+        with log.timed("time/critic_ms"):
+            log.add(agent.improve_critic(num_offline))
+        end_update(agent.describe)
+    if counters.done["distill"] == 0 < args.offline_distill_steps:
+        agent.policy_optimizer.state.clear()
+    for step in counters.steps("distill", args.offline_distill_steps):
+        with log.timed("time/distill_ms"):
+            lr = learning_rate(args.distill_lr, step, args.offline_distill_steps, args)
+            log.add(agent.distill(num_offline, lr))
+        end_update()
+
+    # Phase 3: online fine-tuning: collect an episode, distil, draw samples of the new policy, update the critic
+    # NOTE(differs): going online both optimisers start afresh, networks and target go on (as in the released code).
+    if counters.phase != "online":
+        agent.policy_optimizer.state.clear()
+        agent.critic_optimizer.state.clear()
+        agent.store.version = int(args.offline_distill_steps > 0)
+    num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
+    explore = log.timed("time/act_ms")(agent.explore)
+    for seed in counters.episodes():
+        episode = agent.collect(env, explore, seed)
+        length = len(episode["rewards"])
+        share = len(dataset) / (len(dataset) + len(agent.online)) if args.offline_ratio else 0.0
+        first = args.policy_utd * counters.env_step
+        for step in range(first, first + args.policy_utd * length):
+            with log.timed("time/distill_ms"):
+                lr = learning_rate(args.distill_lr, step, num_distill_steps, args)
+                log.add(agent.distill(math.floor(args.batch_size * share), lr))
+        agent.refresh_samples()
+        for _ in range(args.critic_utd * length):
+            with log.timed("time/critic_ms"):
+                log.add(agent.improve_critic(math.floor(args.batch_size * args.offline_ratio)))
+        log.add(counters.add_episode(episode, args.critic_utd * length))
+        end_update(agent.describe)
+    if rank == 0:
+        log.finish()
+    if rank == 0 and policy.frozen():
+        save_adapters(agent.policy_ema, directory / "adapters.safetensors")
+    if num_ranks > 1:
+        dist.destroy_process_group()
+    return directory
+
+
+class Agent:
+    """What learns and what it learns from: policy, critic, their averages and optimisers, samples, both buffers."""
+
+    def __init__(self, dataset, policy, act_dim, args, device, generator):
+        self.dataset, self.online = dataset, common.ReplayBuffer(dataset.states.shape[1:], act_dim, np.uint8)
+        self.args, self.device, self.generator = args, device, generator
+        self.policy = policy
+        self.policy_ema = copy.deepcopy(policy, {id(weight): weight for weight in policy.frozen().values()}).eval()
+        self.critic = Critic(args.encoding_width, act_dim, args).to(device)
+        self.target_critic = copy.deepcopy(self.critic)
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self.policy_optimizer = torch.optim.Adam(trained, lr=args.bc_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
+        self.update_critic = common.compiled(update_critic) if args.compile else update_critic
+        self.store = SampleStore(act_dim, args)
+        self.store.grow(dataset.num_states)
+
+    def kept(self):
+        """What a checkpoint holds, by name."""
+        names = ("policy", "policy_ema", "critic", "target_critic", "online", "store")
+        return {name: getattr(self, name) for name in (*names, "policy_optimizer", "critic_optimizer")}
+
+    def as_obs(self, images):  # (N, height, width, 3) -> what the policy takes
+        return {"image": images, "instruction": [self.args.instruction] * len(images)}
+
+    def observe(self, rows):
+        """States of the dataset and, numbered after them, of the online buffer, as the policy takes them."""
+        rows, first = rows.numpy(), self.dataset.num_states
+        own = [self.dataset.states[row] if row < first else self.online.states[row - first] for row in rows]
+        return self.as_obs(np.stack(own))
+
+    def samples_at(self, rows):  # (N,) -> (N, K, A)
+        return self.store.at(self.policy_ema, rows, self.observe).to(self.device)
+
+    def refresh_samples(self):
+        """After distillation: the policy has a new version, and its samples are drawn again where they are oldest."""
+        self.store.version += 1
+        self.store.refresh(self.policy_ema, self.observe, self.args.refresh_states)
+
+    def draw_batch(self, num_offline):
+        """num_offline transitions of the dataset and others collected online, --batch-size in all."""
+        num_online = self.args.batch_size - num_offline
+        batch = common.sample_both(self.dataset, self.online, num_offline, num_online, self.generator)
+        batch["state_rows"][num_offline:] += self.dataset.num_states
+        return {name: value if name == "state_rows" else value.to(self.device) for name, value in batch.items()}
+
+    def clone(self, lr):
+        """One step of the policy towards the dataset's actions."""
+        batch = self.draw_batch(self.args.batch_size)
+        return {"policy/bc_loss": self.improve_policy(batch["obs"], batch["actions"], lr)}
+
+    def distill(self, num_offline, lr):
+        """One step of the policy towards optimised actions, the batch's own among the candidates."""
+        batch = self.draw_batch(num_offline)
+        samples = self.samples_at(batch["state_rows"])
+        with torch.no_grad():
+            obs = self.critic.encode(batch["obs"])
+        actions, q = optimize_actions(self.critic, obs, samples, self.args, batch["actions"])
+        draws = [choose(actions, q, sample=not self.args.distill_argmax) for _ in range(self.args.targets_per_image)]
+        chosen = torch.stack(draws, 1)  # (B, R, A)
+        if ranks()[1] > 1:
+            dist.broadcast(chosen, 0)
+        return {"policy/distill_loss": self.improve_policy(batch["obs"], chosen, lr)}
+
+    def improve_policy(self, images, actions, lr):
+        """One step of the policy on this rank's share of the batch."""
+        rank, num_ranks = ranks()
+        obs, actions = self.as_obs(images[rank::num_ranks]), actions[rank::num_ranks]
+        return update_policy(self.policy, self.policy_ema, self.policy_optimizer, obs, actions, lr, self.args)
+
+    def improve_critic(self, num_offline):
+        """One critic update, on samples from the store."""
+        batch = self.draw_batch(num_offline)
+        rows = batch["state_rows"]  # a state's next one is in the row after it
+        samples = self.samples_at(torch.cat([rows, rows + 1]))
+        self.latest = batch["obs"], samples[: self.args.batch_size]
+        return self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
+
+    def describe(self):
+        """The opt columns of a row: what action optimisation does to samples of the latest batch."""
+        images, samples = self.latest
+        with torch.no_grad():
+            obs = self.critic.encode(images)
+        return optimization_info(self.critic, obs, samples, self.args)
+
+    def act_raw(self, images, keys):  # (N, height, width, 3) -> (N, A); keys seed the noise, see common.run_episodes
+        return self.policy_ema.sample(self.as_obs(images), 1, keys)[:, 0].cpu().numpy()
+
+    def act(self, images, keys):
+        return act(self.policy_ema, self.critic, self.as_obs(images), self.args, keys).cpu().numpy()
+
+    def explore(self, images, _keys):  # noise from the run's own generator
+        return self.act(images, None)
+
+    def explore_raw(self, images, _keys):
+        return self.act_raw(images, None)
+
+    def collect(self, env, act, seed):
+        """An episode of rank 0's environment, added to every rank's buffer."""
+        episode = from_rank_0(common.run_episodes([env], act, [seed])[0] if ranks()[0] == 0 else None)
+        paid = episode["rewards"]
+        if self.args.sparse_reward:  # success, at the end of the episode, is the only reward
+            paid = np.float32(np.arange(1, len(paid) + 1) == len(paid)) * episode["success"]
+        rewards = paid * self.args.reward_scale + self.args.reward_bias
+        returns = common.mc_returns(rewards, episode["masks"], self.args.discount, self.args.sparse_reward)
+        self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
+        self.store.grow(self.dataset.num_states + self.online.num_states)
+        return episode
+
+
 def ranks():
     """(rank, number) of this process among those of torchrun; (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1175,19 +1413,24 @@ def from_rank_0(value):
 
 
 class PolicyUnits(gym.ActionWrapper):
-    """An environment of common.make_env that takes actions as a released policy means them, in [-1, 1]: what they stand
-    for in the environment's units is cut to its bounds.
+    """An environment of envs.make that takes actions as a released policy means them, in [-1, 1]: what they stand for
+    in the environment's units is cut to its bounds, low and high (A,).
 
     NOTE(differs): actions are optimised in the units of the policy's tokens (released: of the action's std).
     """
 
-    def __init__(self, env, policy):
+    def __init__(self, env, policy, low, high):
         super().__init__(env)
-        self.policy, (self.low, self.high) = policy, common.action_bounds(env)
+        self.policy, self.low, self.high = policy, low, high
 
     def action(self, action):
         units = self.policy.unnormalize(action).clip(self.low, self.high)
         return (2 * (units - self.low) / (self.high - self.low) - 1).astype(np.float32)
+
+    def reverse_action(self, actions):
+        """A dataset's actions (N, A), which envs.load_dataset has rescaled to [-1, 1], in the policy's units."""
+        units = self.low + (actions + 1) / 2 * (self.high - self.low)
+        return self.policy.normalize(units).astype(np.float32)
 
 
 def instruction_of(env, args):
@@ -1202,25 +1445,11 @@ def instruction_of(env, args):
 
 
 def check(args):
-    """Raises InputError, naming the flag, for what cannot run."""
-    at_least_one = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep"}
-    at_least_one |= {"critic_utd", "eval_every", "log_every", "targets_per_image"}
-    at_least_one |= {"images_per_forward", "critic_image_size", "encoding_width"}
-    upper = dict(num_keep=args.num_samples, target_rate=1, policy_ema_rate=1, offline_ratio=1, discount=1 - 1e-6)
-    for name, value in vars(args).items():
-        low, high = int(name in at_least_one), upper.get(name, math.inf)
-        signed = name in ("reward_scale", "reward_bias", "q_min", "q_max")
-        if isinstance(value, (int, float)) and not signed and not low <= value <= high:
-            expected = f"between {low} and {high}" if name in upper else f"at least {low}"
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
-    for name in ("hidden_dims", "encoder_widths"):
-        widths = getattr(args, name)
-        if not widths or min(widths) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {widths}: expected one or more widths of at least 1")
-    if args.online_steps is None and args.online_episodes is None:
-        raise InputError("--online-steps None and --online-episodes None: expected a number for one of them")
-    if args.eval_only and not args.resume:
-        raise InputError("--eval-only: expected --resume RUN, the run to evaluate")
+    """Raises InputError, naming the flag, for what cannot run here."""
+    for name in ("targets_per_image", "images_per_forward", "critic_image_size", "encoding_width"):
+        common.check_flag(args, name, 1)
+    if not args.encoder_widths or min(args.encoder_widths) < 1:
+        raise InputError(f"--encoder-widths {args.encoder_widths}: expected one or more widths of at least 1")
     if args.unnorm_key and not args.checkpoint:
         raise InputError(f"--unnorm-key {args.unnorm_key}: names statistics of a checkpoint; expected --checkpoint")
     if args.checkpoint and not args.lora_rank and args.dtype != "float32":
@@ -1229,198 +1458,6 @@ def check(args):
         raise InputError("--warmup-episodes: takes the place of a dataset; expected no --dataset-path beside it")
     if args.warmup_episodes and not (args.checkpoint or args.policy_checkpoint):
         raise InputError("--warmup-episodes: trials of a policy as it is; expected --checkpoint or --policy-checkpoint")
-
-
-def train(args: Args) -> Path:
-    """Behaviour cloning or warm-up trials, offline RL, online fine-tuning. Returns the run's directory.
-
-    With torchrun all ranks do the same, but that each draws its share of samples and takes its share of the policy's
-    batch, and that the environment, the chosen actions and the files are rank 0's. Raises InputError.
-    """
-    check(args)
-    join_ranks(args)
-    device, generator = common.start(args)  # torch's own generator draws noise, this one batches
-    rank, num_ranks = ranks()
-
-    # Environment, policy, data, critic
-    image_size = (OPENVLA_7B if args.checkpoint else TINY).image_size
-    env_args = (args.env_id, args.sparse_reward, args.capture_video and rank == 0, image_size)
-    env = common.make_env(*env_args)
-    act_dim, args.instruction = env.action_space.shape[0], from_rank_0(instruction_of(env, args) if rank == 0 else "")
-    policy = load_policy(act_dim, args, device)
-    policy.prompt(args.instruction)  # raises an error where it is too long
-    num_more = min(10, args.num_eval_episodes) - 1 if common.family(args.env_id)[0] and rank == 0 else 0
-    eval_envs = [env, *(common.make_env(*env_args) for _ in range(num_more))]  # of a robot there is one
-    eval_envs = [PolicyUnits(one, policy) for one in eval_envs] if args.checkpoint else eval_envs
-    env = eval_envs[0]
-    shape = (image_size, image_size, 3)
-    dataset, online = common.ReplayBuffer(shape, act_dim, np.uint8), common.ReplayBuffer(shape, act_dim, np.uint8)
-    if args.warmup_episodes:
-        args.bc_steps, args.offline_ratio = 0, 0.0
-    elif (args.bc_steps or args.offline_ratio) and not args.eval_only:
-        rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-        inner = env.env if args.checkpoint else env
-        dataset = common.load_dataset(args.env_id, args.dataset_path, *rewards_as, image_size, inner)
-        if args.checkpoint:
-            units = env.low + (dataset.actions + 1) / 2 * (env.high - env.low)
-            dataset.actions = policy.normalize(units).astype(np.float32)
-    else:
-        args.offline_steps = args.offline_distill_steps = 0  # nothing to learn from yet
-    args.q_min, args.q_max = value_range(dataset.rewards[: len(dataset)], args)
-    policy_ema = copy.deepcopy(policy, {id(weight): weight for weight in policy.frozen().values()}).eval()
-    critic = Critic(args.encoding_width, act_dim, args).to(device)
-    target_critic = copy.deepcopy(critic)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    policy_optimizer = torch.optim.Adam(trained, lr=args.bc_lr, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.critic_lr, fused=True)
-    improve_critic = common.compiled(update_critic) if args.compile else update_critic
-    store = SampleStore(act_dim, args)
-    store.grow(dataset.num_states)
-
-    # The run's files; a policy to start from; a run to continue
-    run = common.Run(args, Path(__file__).stem, image_size, act_dim, generator, rank > 0, from_rank_0)
-    if args.policy_checkpoint and not args.resume:
-        run.load(args.policy_checkpoint, "--policy-checkpoint", policy_ema=policy_ema)
-        policy.load_state_dict(policy_ema.state_dict())
-    run.keep(policy=policy, policy_ema=policy_ema, critic=critic, target_critic=target_critic, online=online)
-    run.keep(policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer, store=store)
-    counters = run.begin(dataset.sha256)
-
-    def as_obs(images):
-        return {"image": images, "instruction": [args.instruction] * len(images)}
-
-    def observe(rows):
-        """States of the dataset and, numbered after them, of the online buffer, as the policy takes them."""
-        rows, first = rows.numpy(), dataset.num_states
-        own = [dataset.states[row] if row < first else online.states[row - first] for row in rows]
-        return as_obs(np.stack(own))
-
-    def draw_batch(num_offline):
-        """num_offline transitions of the dataset and others collected online, --batch-size in all."""
-        batch = common.sample_both(dataset, online, num_offline, args.batch_size - num_offline, generator)
-        batch["state_rows"][num_offline:] += dataset.num_states
-        return {name: value if name == "state_rows" else value.to(device) for name, value in batch.items()}
-
-    def samples_at(rows):  # (N,) -> (N, K, A)
-        return store.at(policy_ema, rows, observe).to(device)
-
-    def act_raw(images, keys):  # (N, height, width, 3) -> (N, A)
-        return policy_ema.sample(as_obs(images), 1, keys)[:, 0].cpu().numpy()
-
-    def act_optimized(images, keys):
-        return act(policy_ema, critic, as_obs(images), args, keys).cpu().numpy()
-
-    def act_online(images, _keys):  # explores with the run's own generator
-        with run.timed("time/act_ms"):
-            return act_raw(images, None) if counters["phase"] == "warmup" else act_optimized(images, None)
-
-    def evaluate():
-        """The eval columns of a row: the raw policy and, once there is a critic, the optimised one."""
-        if rank > 0:
-            return {}
-        row = common.evaluate(eval_envs, act_raw, args.num_eval_episodes, "eval/policy_")
-        if counters["phase"] != "bc":
-            row |= common.evaluate(eval_envs, act_optimized, args.num_eval_episodes, "eval/")
-        if args.capture_video:
-            folder = run.directory / "videos" / f"{counters['phase']}-{counters['gradient_step']}"
-            actor = act_raw if counters["phase"] == "bc" else act_optimized
-            common.run_episodes(eval_envs[:3], actor, common.EVALUATION_SEED + np.arange(3), video_dir=folder)
-        return row
-
-    def describe():
-        """The opt columns of a row: what action optimisation does to samples of the latest batch."""
-        with torch.no_grad():
-            obs = critic.encode(batch["obs"])
-        return optimization_info(critic, obs, samples[: args.batch_size], args)
-
-    def collect(seed):
-        """An episode of rank 0's environment, added to every rank's buffer."""
-        episode = from_rank_0(common.run_episodes([env], act_online, [seed])[0] if rank == 0 else None)
-        paid = episode["rewards"]
-        if args.sparse_reward:  # success, at the end of the episode, is the only reward
-            paid = np.float32(np.arange(1, len(paid) + 1) == len(paid)) * episode["success"]
-        rewards = paid * args.reward_scale + args.reward_bias
-        returns = common.mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
-        online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
-        store.grow(dataset.num_states + online.num_states)
-        return episode
-
-    def improve_policy(batch, actions, lr):
-        """One step of the policy on its share of the batch."""
-        mine = slice(rank, None, num_ranks)
-        obs = as_obs(batch["obs"][mine])
-        return update_policy(policy, policy_ema, policy_optimizer, obs, actions[mine], lr, args)
-
-    def improve_value(num_offline):
-        """One critic update, at samples from the store -> the batch and the samples (2B, K, A)."""
-        with run.timed("time/critic_ms"):
-            batch = draw_batch(num_offline)
-            rows = batch["state_rows"]  # the row after a state is its next state
-            samples = samples_at(torch.cat([rows, rows + 1]))
-            run.average(improve_critic(critic, target_critic, critic_optimizer, batch, samples, args))
-        return batch, samples
-
-    def distill(num_offline, lr):
-        """One step of the policy towards optimised actions, the batch's own among the candidates."""
-        with run.timed("time/distill_ms"):
-            batch = draw_batch(num_offline)
-            samples = samples_at(batch["state_rows"])
-            with torch.no_grad():
-                obs = critic.encode(batch["obs"])
-            actions, q = optimize_actions(critic, obs, samples, args, batch["actions"])
-            draws = [choose(actions, q, sample=not args.distill_argmax) for _ in range(args.targets_per_image)]
-            chosen = torch.stack(draws, 1)  # (B, R, A)
-            if num_ranks > 1:
-                dist.broadcast(chosen, 0)
-            run.average({"policy/distill_loss": improve_policy(batch, chosen, lr)})
-
-    if args.eval_only:
-        if rank == 0:
-            print(json.dumps(evaluate(), indent=2))
-        return run.directory
-
-    # Phase 1: behaviour cloning, or trials of the policy as it is
-    for step in run.steps("bc", 0 if args.policy_checkpoint else args.bc_steps, evaluate):
-        batch = draw_batch(args.batch_size)
-        lr = learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)
-        run.average({"policy/bc_loss": improve_policy(batch, batch["actions"], lr)})
-    for seed in run.warmups(args.warmup_episodes):
-        run.record(collect(seed), 0)
-
-    # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
-    num_offline = 0 if args.warmup_episodes else args.batch_size
-    for _ in run.steps("offline", args.offline_steps, evaluate, describe):
-        batch, samples = improve_value(num_offline)
-    if args.offline_distill_steps and counters["distill"] == 0:
-        policy_optimizer.state.clear()
-    for step in run.steps("distill", args.offline_distill_steps, evaluate):
-        distill(num_offline, learning_rate(args.distill_lr, step, args.offline_distill_steps, args))
-
-    # Phase 3: online fine-tuning: collect an episode, distil, draw samples of the new policy, update the critic
-    # NOTE(differs): going online both optimisers start afresh, networks and target go on (as in the released code).
-    if counters["phase"] != "online":
-        policy_optimizer.state.clear()
-        critic_optimizer.state.clear()
-        store.version = int(args.offline_distill_steps > 0)
-    num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
-    for seed in run.episodes(evaluate, describe):
-        episode = collect(seed)
-        length = len(episode["rewards"])
-        share = len(dataset) / (len(dataset) + len(online)) if args.offline_ratio else 0.0
-        first = args.policy_utd * counters["env_step"]
-        for step in range(first, first + args.policy_utd * length):
-            distill(math.floor(args.batch_size * share), learning_rate(args.distill_lr, step, num_distill_steps, args))
-        store.version += 1
-        store.refresh(policy_ema, observe, args.refresh_states)
-        for _ in range(args.critic_utd * length):
-            batch, samples = improve_value(math.floor(args.batch_size * args.offline_ratio))
-        run.record(episode, args.critic_utd * length)
-    run.finish()
-    if rank == 0 and policy.frozen():
-        save_adapters(policy_ema, run.directory / "adapters.safetensors")
-    if num_ranks > 1:
-        dist.destroy_process_group()
-    return run.directory
 
 
 if __name__ == "__main__":

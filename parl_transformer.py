@@ -327,6 +327,8 @@ class Critic(nn.Module):
     NOTE(differs): all members of the ensemble share one output head (as in the released code).
     """
 
+    fixed_flags = ("num_bins", "q_min", "q_max")  # of a checkpoint: its weights mean nothing with others
+
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
         widths, E, outputs = [obs_dim + act_dim, *args.hidden_dims], args.ensemble_size, max(args.num_bins, 1)

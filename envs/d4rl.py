@@ -7,7 +7,6 @@ below says what it is for.
 
 import collections.abc
 import contextlib
-import difflib
 import http.client
 import io
 import os
@@ -24,8 +23,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-import common
 from common import InputError
+from envs import files, no_opengl, unknown_id
 
 
 @contextlib.contextmanager
@@ -97,10 +96,9 @@ IDS = tuple(name for name in d4rl.infos.DATASET_URLS if re.fullmatch(r"antmaze-.
 
 
 def check_id(env_id):
+    """Raises InputError, with near misses, for an id that is not one of IDS."""
     if env_id not in IDS:
-        near = difflib.get_close_matches(env_id, IDS, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"expected one of {', '.join(IDS)}"
-        raise InputError(f"--env-id {env_id}: D4RL has no such environment; {hint}")
+        raise unknown_id(env_id, "D4RL has no such environment", IDS, f"one of {', '.join(IDS)}")
 
 
 # ======================================== ENVIRONMENTS ========================================
@@ -189,7 +187,7 @@ class D4RL(gymnasium.Env):
         try:
             renderer = mujoco.Renderer(getattr(model, "ptr", model), 480, 480)  # dm_control's, or gym's
         except mujoco.FatalError as error:
-            raise common.no_opengl(error) from error
+            raise no_opengl(error) from error
         for slow in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[slow] = False
         return renderer
@@ -258,13 +256,13 @@ def read_dataset(env_id, path):
     NOTE(differs): kitchen ends where the reward is first 4, and what follows is dropped (released: one-step episodes).
     """
     if env_id.startswith("antmaze"):
-        return common.read_dataset(path)
-    data = common.read_dataset(path, optional=("timeouts", "next_observations"))
+        return files.read_dataset(path)
+    data = files.read_dataset(path, optional=("timeouts", "next_observations"))
     data.setdefault("timeouts", np.zeros_like(data["terminals"]))
     data.pop("next_observations", None)  # so that rows after the first with reward 4 are dropped
     vectors = {key: data[key] for key in ("rewards", "terminals", "timeouts")}
     for key, vector in vectors.items():
-        common.check_numbers(vector, f"dataset {path}: {key}")
+        files.check_numbers(vector, f"dataset {path}: {key}")
     size = data["rewards"].size
     if size and {vector.shape for vector in vectors.values()} == {(size,)}:
         data["terminals"], data["timeouts"] = kitchen_ends(*vectors.values())

@@ -7,7 +7,6 @@ scripted experts; camera images come from `make_images` and `demonstrations`.
 """
 
 import atexit
-import difflib
 import functools
 import importlib
 import os
@@ -18,8 +17,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-import common
-from common import InputError
+from envs import files, no_opengl, unknown_id
 
 try:
     import mujoco  # loads OpenGL where MUJOCO_GL names its kind
@@ -28,7 +26,7 @@ try:
 except ModuleNotFoundError:  # the caller's to report
     raise
 except (ImportError, AttributeError, RuntimeError) as error:
-    raise common.no_opengl(error) from error
+    raise no_opengl(error) from error
 
 INSTRUCTIONS = {  # task: what a language-conditioned policy is told
     "assembly": "put the ring onto the peg",
@@ -96,9 +94,7 @@ def task_of(env_id):
     """The task of "metaworld-{task}". Raises InputError with near misses for one that does not exist."""
     task = env_id.removeprefix("metaworld-")
     if task not in INSTRUCTIONS:
-        near = difflib.get_close_matches(env_id, IDS, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"expected one of {', '.join(IDS)}"
-        raise InputError(f"--env-id {env_id}: no task of Meta-World; {hint}")
+        raise unknown_id(env_id, "no task of Meta-World", IDS, f"one of {', '.join(IDS)}")
     return task
 
 
@@ -157,7 +153,7 @@ def opengl_context():
         context = importlib.import_module(f"mujoco.{backend}").GLContext(VIDEO_SIZE, VIDEO_SIZE)
         context.make_current()
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise common.no_opengl(error) from error
+        raise no_opengl(error) from error
     atexit.register(context.free)  # before EGL shuts down, or it complains
     return context
 
@@ -275,9 +271,9 @@ def expert_action(expert, obs):
 
 
 def generate(env_id, num_transitions, seed=0, image_size=0):
-    """Demonstrations of at least num_transitions steps as the arrays of `common.load_dataset`; with an image_size their
+    """Demonstrations of at least num_transitions steps as the arrays of a dataset file; with an image_size their
     observations are images."""
-    data = {name: [] for name in common.DATASET_KEYS}
+    data = {name: [] for name in files.DATASET_KEYS}
     num_steps, successes = 0, []
     with tqdm(total=num_transitions, desc=f"making {env_id} data", unit="step", disable=None) as bar:
         for episode in demonstrations(env_id, seed, image_size):
@@ -303,10 +299,10 @@ def dataset_file(env_id, image_size=0):
     task_of(env_id)
     if image_size:
         name = f"{env_id}-{NUM_IMAGE_TRANSITIONS}-{image_size}px-v1.npz"
-        return common.cached_file(name, lambda: generate(env_id, NUM_IMAGE_TRANSITIONS, image_size=image_size))
-    return common.cached_file(f"{env_id}-{NUM_TRANSITIONS}-v1.npz", lambda: generate(env_id, NUM_TRANSITIONS))
+        return files.cached_file(name, lambda: generate(env_id, NUM_IMAGE_TRANSITIONS, image_size=image_size))
+    return files.cached_file(f"{env_id}-{NUM_TRANSITIONS}-v1.npz", lambda: generate(env_id, NUM_TRANSITIONS))
 
 
 def read_dataset(env_id, path):
-    """The arrays of `common.load_dataset` in an HDF5 or npz file. Raises InputError naming what is wrong with it."""
-    return common.read_dataset(path)
+    """The arrays of an HDF5 or npz file. Raises InputError naming what is wrong with it."""
+    return files.read_dataset(path)

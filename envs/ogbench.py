@@ -12,7 +12,6 @@ data: a quarter of the targets are the task's own (`TASK_SHARE`), so that few ep
 
 import atexit
 import contextlib
-import difflib
 import os
 import re
 import sys
@@ -29,8 +28,8 @@ from ogbench.relabel_utils import relabel_dataset
 from ogbench.utils import DATASET_URL
 from tqdm import tqdm
 
-import common
-from common import InputError, cached_file
+from common import InputError
+from envs import files, no_opengl, unknown_id
 
 DATASET_KINDS = {
     "pointmaze": ("navigate", "stitch"),
@@ -56,9 +55,7 @@ TASK_SHARE = 0.25  # of the targets in made data are the task's own, the others 
 def parts(env_id):
     """cube-single-play-singletask-task1-v0 -> ("cube-single", "play", "-task1"). Raises InputError for another id."""
     if env_id not in IDS:
-        near = difflib.get_close_matches(env_id, IDS, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"expected an id like {IDS[0]}"
-        raise InputError(f"--env-id {env_id}: not a single task of OGBench; {hint}")
+        raise unknown_id(env_id, "not a single task of OGBench", IDS, f"an id like {IDS[0]}")
     return re.fullmatch(r"(.+)-(\w+)-singletask(.*)-v0", env_id).groups()
 
 
@@ -117,7 +114,7 @@ def make(env_id, render=False):
         try:
             env.render()
         except mujoco.FatalError as error:
-            raise common.no_opengl(error) from error
+            raise no_opengl(error) from error
         renderer = inner._renderer if is_arm else inner.custom_renderer
         atexit.register(renderer.close)  # OpenGL is gone when the interpreter collects it
     return env
@@ -151,11 +148,11 @@ def dataset_file(env_id):
         raise InputError(f"--env-id {env_id}: no dataset {path}; expected there {DATASET_URL}/{name}")
     print(f"note: no {path}: the data for {env_id} is made here, with OGBench's oracles", file=sys.stderr)
     file_name = f"{env_id}-made-{num_episodes}-v1.npz"
-    return cached_file(file_name, lambda: make_dataset(env_id, num_episodes, EPISODE_STEPS))
+    return files.cached_file(file_name, lambda: make_dataset(env_id, num_episodes, EPISODE_STEPS))
 
 
 def read_dataset(env_id, path):
-    """The arrays of `common.load_dataset` from OGBench's npz file `path`, relabelled by OGBench to env_id's task.
+    """The arrays of envs/files.py from OGBench's npz file `path`, relabelled by OGBench to env_id's task.
 
     An episode is terminal where OGBench's mask is 0, at success; OGBench's own terminals are its time limits. A state
     that follows a success is another episode. Raises InputError for a file that is not OGBench's, with the first bad
@@ -168,7 +165,7 @@ def read_dataset(env_id, path):
         relabel_dataset(env_id, make(env_id), data)
     except InputError:  # of check_rows
         raise
-    except (*common.UNREADABLE, IndexError) as error:
+    except (*files.UNREADABLE, IndexError) as error:
         expected = "expected its npz with observations, actions, terminals and qpos"
         raise InputError(f"dataset {path}: cannot be read as OGBench's ({error}); {expected}") from error
     success = data["masks"] == 0
@@ -180,11 +177,11 @@ def check_rows(arrays, path):
     """Raises InputError unless the arrays of OGBench's file `path` have a row each for every state, of finite numbers,
     and an episode ends with the last. Here the index is that of the file: OGBench drops the last row of an episode."""
     for key, array in arrays.items():
-        common.check_numbers(array, f"dataset {path}: {key}")
+        files.check_numbers(array, f"dataset {path}: {key}")
         if array.shape[:1] != arrays["observations"].shape[:1]:
             raise InputError(f"dataset {path}: {key} has shape {array.shape}; expected a row for each of observations")
     actions = arrays["actions"]
-    common.refuse_rows(f"dataset {path}: actions", actions, np.abs(actions) > 1.002, "expected within [-1, 1]")
+    files.refuse_rows(f"dataset {path}: actions", actions, np.abs(actions) > 1.002, "expected within [-1, 1]")
     if not arrays["terminals"].size or not arrays["terminals"][-1]:
         raise InputError(f"dataset {path}: terminals does not end with a 1; expected whole episodes")
 

@@ -7,11 +7,9 @@ import inspect
 import json
 import re
 import shutil
-import zipfile
 from itertools import zip_longest
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -143,163 +141,6 @@ def test_readme_lists_every_difference():
 # ---------------------------------------------------------------- bad input
 
 
-def write_dataset(path, n=40, **changes):
-    rng = np.random.default_rng(0)
-    data = dict(
-        observations=rng.normal(size=(n, 4)),
-        actions=rng.uniform(-1, 1, (n, 2)),
-        rewards=(np.arange(n) == n - 1).astype(float),
-        terminals=np.arange(n) == n - 1,
-        timeouts=np.zeros(n, bool),
-    )
-    for key, value in changes.items():
-        if value is None:
-            del data[key]
-        else:
-            data[key] = value(data[key]) if callable(value) else value
-    if path.suffix == ".npz":
-        np.savez(path, **data)
-    else:
-        with h5py.File(path, "w") as file:
-            for key, value in data.items():
-                file[key] = value
-    return path
-
-
-def poke(index, value):
-    def change(array):
-        array = array.astype(float)
-        array[index] = value
-        return array
-
-    return change
-
-
-BAD_DATA = {
-    "missing key": (dict(actions=None), "missing actions"),
-    "unequal lengths": (dict(terminals=lambda x: x[:-1]), r"terminals has shape \(39,\); expected \(40,\)"),
-    "NaN": (dict(observations=poke(7, np.nan)), r"observations\[7, 0\] = nan"),
-    "inf": (dict(rewards=poke(3, np.inf)), r"rewards\[3\] = inf"),
-    "beyond float32": (dict(observations=poke((9, 2), 1e39)), r"observations\[9, 2\] = 1e\+39"),
-    "actions outside": (
-        dict(actions=poke(5, 1.5)),
-        r"actions\[5, 0\] = 1.5; expected within .* \[-1.0, -1.0\] to \[1.0, 1.0\]",
-    ),
-    "wrong rank": (dict(observations=lambda x: x[:, 0]), r"observations has shape \(40,\); expected \(40, 4\)"),
-    "a scalar": (dict(rewards=np.float64(1)), r"rewards has shape \(\); expected \(1,\)"),
-    "a text": (dict(rewards=np.bytes_(b"one")), "rewards has dtype .*; expected numbers"),
-    "wrong dtype": (dict(actions=lambda x: x.astype("S8")), "actions has dtype"),
-    "zero rows": (
-        dict.fromkeys(("observations", "actions", "rewards", "terminals", "timeouts"), lambda x: x[:0]),
-        "0 transitions",
-    ),
-    "another observation size": (dict(observations=lambda x: x[:, :3]), r"\(40, 3\); expected \(40, 4\)"),
-    "another action size": (dict(actions=lambda x: x[:, :1]), r"\(40, 1\); expected \(40, 2\)"),
-}
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_dataset(case, suffix, tmp_path):
-    changes, message = BAD_DATA[case]
-    path = write_dataset(tmp_path / f"data{suffix}", **changes)
-    with pytest.raises(common.InputError, match=message) as error:
-        common.load_dataset("pointmaze-umaze-play", path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_bad_dataset_files(tmp_path):
-    good = write_dataset(tmp_path / "good.hdf5")
-    assert len(common.load_dataset("pointmaze-umaze-play", good)) == 40
-    truncated, text, empty = tmp_path / "truncated.hdf5", tmp_path / "text.npz", tmp_path / "empty.hdf5"
-    truncated.write_bytes(good.read_bytes()[:1000])
-    text.write_text("hello")
-    empty.touch()
-    with h5py.File(tmp_path / "group.hdf5", "w") as file:
-        file.create_group("actions")
-    np.savez(tmp_path / "lost.npz", observations=np.zeros((1, 4)), actions=np.zeros((1, 2)), rewards=np.zeros(1),
-             terminals=np.zeros(1), timeouts=np.ones(1))  # fmt: skip
-    with zipfile.ZipFile(tmp_path / "header.npz", "w") as file:  # numpy tokenizes what it cannot parse
-        file.writestr("observations.npy", b"\x93NUMPY\x01\x00\x10\x00" + b"{'shape': (1,  \n")
-    pickled = tmp_path / "pickled.npz"
-    np.savez(pickled, observations=np.array([{}], dtype=object))
-    for path, message in [
-        (tmp_path / "none.hdf5", "no such file"),
-        (tmp_path, "is a directory"),
-        (truncated, "cannot be read as HDF5"),
-        (text, "cannot be read as npz"),
-        (tmp_path / "header.npz", "cannot be read as npz"),
-        (pickled, "cannot be read as npz"),  # nothing is unpickled
-        (empty, "cannot be read as HDF5"),
-        (tmp_path / "group.hdf5", "missing observations, actions"),
-        (tmp_path / "lost.npz", "no transition has a next observation"),
-    ]:
-        with pytest.raises(common.InputError, match=message):
-            common.load_dataset("pointmaze-umaze-play", path)
-
-
-@pytest.mark.parametrize("kind", ["npz", "compressed npz", "hdf5", "compressed hdf5"])
-def test_damaged_files_are_read_or_refused(kind, tmp_path):
-    path, rng, refused = write_dataset(tmp_path / f"data.{kind[-4:].strip()}"), np.random.default_rng(0), 0
-    if kind == "compressed npz":
-        np.savez_compressed(path, **np.load(path))
-    elif kind == "compressed hdf5":
-        with h5py.File(path, "a") as file:
-            arrays = {key: file.pop(key)[()] for key in list(file)}
-            for key, array in arrays.items():
-                file.create_dataset(key, data=array, compression="gzip")
-    good = path.read_bytes()
-    for _ in range(150):
-        bad = bytearray(good)
-        for where in rng.integers(len(bad), size=rng.integers(1, 30)):
-            bad[where] ^= int(rng.integers(1, 256))
-        path.write_bytes(bad)
-        try:
-            common.read_dataset(path)
-        except common.InputError:  # any other error is a fault
-            refused += 1
-    assert refused > 5
-
-
-def test_float64_and_float32_are_the_same_observation(tmp_path):
-    """Rounded differently, each row would be an episode of its own."""
-    states = 100 * np.cumsum(np.random.default_rng(0).standard_normal((41, 4)), axis=0)
-    path = write_dataset(
-        tmp_path / "data.npz", observations=states[:-1], next_observations=states[1:].astype(np.float32)
-    )
-    assert common.load_dataset("pointmaze-umaze-play", path).num_states == 41
-
-
-def test_scaled_rewards_are_finite(tmp_path):
-    path = write_dataset(tmp_path / "data.npz")
-    with pytest.raises(common.InputError, match=r"--reward-scale 1e\+200 .*: reward\[39\] = 1e\+200; expected finite"):
-        common.load_dataset("pointmaze-umaze-play", path, 1e200)
-
-
-def test_a_file_that_was_made_here_can_be_deleted(tmp_path, monkeypatch):
-    monkeypatch.setenv("PARL_CACHE", str(tmp_path))
-    path = common.dataset_file("pointmaze-umaze-play")
-    path.write_text("half")
-    with pytest.raises(common.InputError, match=rf"dataset {path}: cannot be read.*; delete it, and it is made"):
-        common.load_dataset("pointmaze-umaze-play")
-    monkeypatch.setenv("PARL_CACHE", str(path))  # a file
-    with pytest.raises(common.InputError, match=r"PARL_CACHE: .*; expected a folder that can be written"):
-        common.dataset_file("pointmaze-umaze-play")
-
-
-def test_no_success_and_no_terminal_anywhere_are_warnings(tmp_path, capsys):
-    path = write_dataset(tmp_path / "data.npz", rewards=np.zeros(40), terminals=np.zeros(40, bool))
-    common.load_dataset("pointmaze-umaze-play", path, 1.0, -1.0, 0.99, sparse=True)
-    assert "no success anywhere" in capsys.readouterr().err
-    common.load_dataset("pointmaze-umaze-play", path)
-    assert "no terminal anywhere" in capsys.readouterr().err
-    common.load_dataset("pointmaze-umaze-play", write_dataset(tmp_path / "good.npz"), 1.0, -1.0, 0.99, sparse=True)
-    assert capsys.readouterr().err == ""
-    failing = write_dataset(tmp_path / "failing.npz", terminals=np.arange(40) % 20 == 19)
-    common.load_dataset("pointmaze-umaze-play", failing, 1.0, -1.0, 0.99, sparse=True)
-    assert "terminals without success" in capsys.readouterr().err
-
-
 # No data, one evaluation environment: what a command needs to fail late, fast
 LITTLE = ["--bc-steps", 0, "--offline-ratio", 0, "--num-eval-episodes", 1]
 
@@ -366,30 +207,6 @@ def test_bad_flags_of_a_policy(command, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         run_here(script, *LITTLE, *flags)
     assert str(stop.value).startswith("error: ") and BAD_POLICY_FLAGS[command] in str(stop.value)
-
-
-@pytest.mark.parametrize(
-    "space",
-    [
-        gym.spaces.Box(0, 10, (2,), np.int32),
-        gym.spaces.Box(np.float32([-1, 0.5]), np.float32([1, 0.5])),
-        gym.spaces.Box(-1, np.inf, (2,)),
-        gym.spaces.Box(-1, 1, (2, 2)),
-        gym.spaces.Discrete(3),
-    ],
-)
-def test_action_spaces_that_cannot_be_rescaled(space, monkeypatch):
-    monkeypatch.setitem(gym.registry, "Odd-v0", gym.envs.registration.EnvSpec("Odd-v0", entry_point=lambda: env))
-    env = gym.Env()
-    env.action_space, env.observation_space = space, gym.spaces.Box(-1, 1, (3,))
-    with pytest.raises(common.InputError, match=r"--env-id Odd-v0: its action space is .*; expected a bounded Box"):
-        common.make_env("Odd-v0")
-
-
-def test_gymnasium_robotics_does_without_mujoco_py():
-    env = common.make_env("gymnasium_robotics:FetchReach-v4", sparse=True)
-    assert env.observation_space.shape == (16,) and env.reset(seed=0)[0].shape == (16,)
-    assert env.step(np.zeros(4, np.float32))[4]["success"] is False
 
 
 @pytest.mark.parametrize("script", PARALLEL)

@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT
 
 import common
+import envs
 import parl_diffusion as parl
+from common import InputError
 from envs import d4rl
 
 GOALS = {"umaze": (0, 8), "medium": (20, 20), "large": (32, 24)}
@@ -29,12 +31,12 @@ KITCHEN_GOALS = {  # task: (rows of qpos, their values when it is done)
 
 @pytest.fixture(scope="module")
 def umaze():
-    return common.make_env("antmaze-umaze-v2", sparse=True)
+    return envs.make("antmaze-umaze-v2", sparse=True)
 
 
 @pytest.fixture(scope="module")
 def kitchen():
-    return common.make_env("kitchen-complete-v0")
+    return envs.make("kitchen-complete-v0")
 
 
 def put(env, position, velocity=(0.0, 0.0)):
@@ -55,14 +57,14 @@ def test_ids_and_horizons():
     for env_id in d4rl.IDS:
         horizon = 280 if "kitchen" in env_id else 700 if "umaze" in env_id else 1000
         assert d4rl.make(env_id).get_wrapper_attr("_max_episode_steps") == horizon, env_id
-        assert common.family(env_id) == (env_id.split("-")[0], "d4rl")
+        assert envs.family_module(env_id) is d4rl and common.family(env_id) == env_id.split("-")[0]
 
 
 @pytest.mark.parametrize("env_id", ["antmaze-hugo-play-v2", "kitchen-compleat-v0"])
 def test_an_unknown_id_is_refused_with_near_misses(env_id):
     near = {"a": "antmaze-large-play-v2", "k": "kitchen-complete-v0"}[env_id[0]]
-    for call in (common.make_env, common.dataset_file):
-        with pytest.raises(common.InputError, match=f"--env-id {env_id}: .*{near}"):
+    for call in (envs.make, envs.dataset_file):
+        with pytest.raises(InputError, match=f"--env-id {env_id}: .*{near}"):
             call(env_id)
 
 
@@ -82,7 +84,7 @@ def test_antmaze_spaces_and_observation(umaze):
 @pytest.mark.parametrize("maze", GOALS)
 def test_antmaze_spawn_and_goals(maze):
     """Spawn (0, 0) +- 0.1; the goal cell's centre plus U(0, 1) + U(0, 0.5) per axis, anew at each reset."""
-    env = common.make_env(f"antmaze-{maze}-diverse-v2" if maze != "umaze" else "antmaze-umaze-diverse-v2")
+    env = envs.make(f"antmaze-{maze}-diverse-v2" if maze != "umaze" else "antmaze-umaze-diverse-v2")
     starts, goals = [], []
     for seed in range(400):
         starts.append(env.reset(seed=seed)[0][:2])
@@ -148,7 +150,7 @@ def test_kitchen_spaces(kitchen):
 )
 def test_kitchen_pays_the_running_count_and_ends_at_4(env_id, tasks):
     """Not 1 where a task completes, as D4RL's class does; and a task that is undone stays counted."""
-    env = common.make_env(env_id)
+    env = envs.make(env_id)
     env.reset(seed=0)
     qpos = env.unwrapped.inner.sim.data.qpos
     before, steps = qpos.copy(), [env.step(np.zeros(9))]
@@ -184,7 +186,7 @@ def trace(env, seed, steps=3):
 def test_resets_are_reproducible_and_leave_numpys_generator_alone(env_id):
     np.random.seed(1)
     expected = np.random.RandomState(1).uniform(size=6)
-    env, other = common.make_env(env_id), common.make_env(env_id)
+    env, other = envs.make(env_id), envs.make(env_id)
     first = trace(env, 7)
     drawn = [np.random.uniform()]
     unseeded = [trace(env, None), trace(env, None)]
@@ -199,7 +201,7 @@ def test_resets_are_reproducible_and_leave_numpys_generator_alone(env_id):
     drawn += [np.random.uniform() for _ in range(4)]
     np.testing.assert_array_equal(drawn, expected)
     assert not np.array_equal(unseeded[0], first)
-    assert not np.array_equal(trace(common.make_env(env_id), None), trace(common.make_env(env_id), None))
+    assert not np.array_equal(trace(envs.make(env_id), None), trace(envs.make(env_id), None))
 
 
 def test_nothing_is_printed_and_no_file_is_left(tmp_path):
@@ -227,7 +229,7 @@ assert not hasattr(collections, "Mapping")
 
 def test_evaluation_reports_the_normalised_score():
     """One of two ants is put at its goal: 50 %."""
-    env = common.make_env("antmaze-umaze-v2", sparse=True)
+    env = envs.make("antmaze-umaze-v2", sparse=True)
     starts, reset = iter([(0, 0), None]), env.reset
 
     def reset_at(**kwargs):
@@ -247,11 +249,11 @@ def test_render(kitchen):
     try:
         images = []
         for env_id in ("antmaze-umaze-v2", "kitchen-complete-v0"):
-            env = common.make_env(env_id, render=True)
+            env = envs.make(env_id, render=True)
             env.reset(seed=0)
             images.append(env.render())
             env.close()
-    except common.InputError as error:
+    except InputError as error:
         pytest.skip(str(error))
     assert all(image.shape == (480, 480, 3) and image.dtype == np.uint8 for image in images)
     # the goal, at the end of the u, is above the start: y points up, x to the right; walls close the left
@@ -300,9 +302,9 @@ def kitchen_file(path, **changes):
 
 
 def load(env_id, path=None):
-    args = parl.Args(**parl.PRESETS[common.family(env_id)[0]])
+    args = parl.Args(**parl.PRESETS[common.family(env_id)])
     settings = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-    return common.load_dataset(env_id, path, *settings), args
+    return envs.load_dataset(env_id, path, *settings), args
 
 
 def test_antmaze_dataset_by_hand(tmp_path):
@@ -361,18 +363,18 @@ def test_kitchen_ends_of_a_file_with_timeouts():
 )
 def test_bad_kitchen_files(changes, message, tmp_path):
     path = kitchen_file(tmp_path / "bad.hdf5", **changes)
-    with pytest.raises(common.InputError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         load("kitchen-complete-v0", path)
     assert str(path) in str(error.value)
 
 
 def test_a_missing_key_is_named(tmp_path):
     path = kitchen_file(tmp_path / "kitchen.hdf5")
-    with pytest.raises(common.InputError, match="missing timeouts"):  # D4RL's mazes have them
+    with pytest.raises(InputError, match="missing timeouts"):  # D4RL's mazes have them
         d4rl.read_dataset("antmaze-umaze-v2", path)
     with h5py.File(path, "a") as file:
         del file["terminals"]
-    with pytest.raises(common.InputError, match="missing terminals"):
+    with pytest.raises(InputError, match="missing terminals"):
         d4rl.read_dataset("kitchen-complete-v0", path)
 
 
@@ -429,7 +431,7 @@ def test_files_are_found_by_d4rls_names(env_id, folders):
     for folder in (second, first):  # the first wins
         folder.mkdir(parents=True)
         (folder / NAMES[env_id]).touch()
-        assert common.dataset_file(env_id) == folder / NAMES[env_id]
+        assert envs.dataset_file(env_id) == folder / NAMES[env_id]
 
 
 @pytest.mark.parametrize(("env_id", "write"), [("antmaze-umaze-v2", antmaze_file), ("kitchen-mixed-v0", kitchen_file)])
@@ -459,8 +461,8 @@ def test_a_failing_download_says_what_to_put_where(reply, message, folders, monk
     with serve(reply) if reply else contextlib.nullcontext("http://127.0.0.1:9") as address:
         url = f"{address}/{NAMES['kitchen-complete-v0']}"
         monkeypatch.setitem(d4rl.d4rl.infos.DATASET_URLS, "kitchen-complete-v0", url)
-        with pytest.raises(common.InputError, match=message) as error:
-            common.dataset_file("kitchen-complete-v0")
+        with pytest.raises(InputError, match=message) as error:
+            envs.dataset_file("kitchen-complete-v0")
     text = str(error.value)
     assert url in text and str(folders[0] / NAMES["kitchen-complete-v0"]) in text and "\n" not in text
     assert text.startswith("--env-id kitchen-complete-v0: ") and list(folders[0].iterdir()) == []

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_here
 
-import common
+import envs
 
 TINY = [
     *("--bc-steps", 10, "--offline-steps", 10, "--online-episodes", 1, "--batch-size", 8, "--num-eval-episodes", 1),
@@ -44,7 +44,7 @@ def kitchen(folder):
 
 
 def metaworld(folder):
-    family = common.family_module("metaworld-door-open")
+    family = envs.family_module("metaworld-door-open")
     episodes = list(itertools.islice(family.demonstrations("metaworld-door-open"), 3))
     ends = np.concatenate([np.arange(len(e["actions"])) == len(e["actions"]) - 1 for e in episodes])
     columns = {name: np.concatenate([e[name] for e in episodes]) for name in ("actions", "rewards", "masks")}
@@ -55,7 +55,7 @@ def metaworld(folder):
 
 
 def ogbench(folder):
-    family = common.family_module("cube-single-noisy-singletask-task1-v0")
+    family = envs.family_module("cube-single-noisy-singletask-task1-v0")
     np.savez(folder / "cube.npz", **family.make_dataset("cube-single-noisy-singletask-task1-v0", 2, 40))
     return ["--dataset-path", folder / "cube.npz"]
 

@@ -5,8 +5,10 @@ import pytest
 from metaworld.env_dict import ENV_CLS_MAP
 from metaworld.policies import ENV_POLICY_MAP
 
-import common
+import envs
+from common import InputError
 from envs import metaworld
+from envs.files import DATASET_KEYS
 
 DRAWER, PICK = "metaworld-drawer-open", "metaworld-pick-place"
 
@@ -29,7 +31,7 @@ def test_all_tasks_have_a_class_an_expert_and_an_instruction():
     assert {name.removesuffix("-v3") for name in ENV_POLICY_MAP} == tasks
     assert len(set(metaworld.INSTRUCTIONS.values())) == 50  # no two tasks are told the same
     assert metaworld.instruction(DRAWER) == "open the drawer"
-    assert {common.family(env_id) for env_id in metaworld.IDS} == {("metaworld", "metaworld")}
+    assert {envs.family_module(env_id) for env_id in metaworld.IDS} == {metaworld}
 
 
 def test_all_tasks_give_demonstrations():
@@ -42,16 +44,16 @@ def test_all_tasks_give_demonstrations():
 
 
 def test_unknown_tasks_are_refused_with_near_misses():
-    for call in (metaworld.make, metaworld.dataset_file, metaworld.instruction, common.make_env):
-        with pytest.raises(common.InputError, match=r"metaworld-drawer-opn: .* did you mean metaworld-drawer-open"):
+    for call in (metaworld.make, metaworld.dataset_file, metaworld.instruction, envs.make):
+        with pytest.raises(InputError, match=r"metaworld-drawer-opn: .* did you mean metaworld-drawer-open"):
             call("metaworld-drawer-opn")
-    with pytest.raises(common.InputError, match="expected one of metaworld-assembly"):
+    with pytest.raises(InputError, match="expected one of metaworld-assembly"):
         metaworld.make("zzz")
 
 
 @pytest.mark.parametrize("env_id", [DRAWER, PICK, "metaworld-stick-pull"])
 def test_spaces_and_observations(env_id):
-    env = common.make_env(env_id, sparse=True)
+    env = envs.make(env_id, sparse=True)
     assert env.observation_space.shape == (39,) and env.observation_space.dtype == np.float32
     assert env.action_space.shape == (4,) and (env.action_space.high == 1).all() and (env.action_space.low == -1).all()
     assert env.get_wrapper_attr("_max_episode_steps") == 200
@@ -95,7 +97,7 @@ def test_experts_succeed_and_success_is_the_reward(env_id):
 def test_success_ends_sparse_episodes_and_the_time_limit_the_others():
     policy, limits = ENV_POLICY_MAP["pick-place-v3"](), {}
     for sparse in (True, False):
-        env = common.make_env(PICK, sparse)
+        env = envs.make(PICK, sparse)
         obs, _ = env.reset(seed=0)
         ends = [False, False]
         for _ in range(100):
@@ -118,7 +120,7 @@ def test_demonstrations_are_deterministic_and_half_succeed():
         metaworld.generate(DRAWER, 600),
         metaworld.generate(DRAWER, 9, 1),
     )
-    assert all(np.array_equal(data[key][: len(again[key])], again[key]) for key in common.DATASET_KEYS)
+    assert all(np.array_equal(data[key][: len(again[key])], again[key]) for key in DATASET_KEYS)
     assert not np.array_equal(data["actions"][:9], other["actions"][:9])
     assert np.abs(data["actions"]).max() <= 1 and data["observations"].dtype == data["actions"].dtype == np.float32
     ends = np.flatnonzero(data["terminals"] | data["timeouts"])
@@ -136,7 +138,7 @@ def test_dataset_is_made_once_and_loads(monkeypatch, capsys):
     path = metaworld.dataset_file(DRAWER)
     assert "demonstrations succeed" in capsys.readouterr().out
     written = path.stat().st_mtime_ns
-    buffer = common.load_dataset(DRAWER, None, 1.0, -1.0, 0.99, sparse=True)
+    buffer = envs.load_dataset(DRAWER, None, 1.0, -1.0, 0.99, sparse=True)
     assert path.stat().st_mtime_ns == written and capsys.readouterr().out == ""
     assert 1500 <= len(buffer) < 1700
     success = buffer.rewards == 0
@@ -153,7 +155,7 @@ def test_dataset_is_made_once_and_loads(monkeypatch, capsys):
 def opengl():
     try:
         metaworld.opengl_context()
-    except common.InputError as error:
+    except InputError as error:
         pytest.skip(str(error))
 
 
@@ -218,6 +220,6 @@ def test_with_images_an_action_lasts_four_steps(opengl):
 def test_missing_opengl_is_one_line_that_names_the_packages(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
     metaworld.make(DRAWER)  # needs none
-    with pytest.raises(common.InputError, match=r"MUJOCO_GL=nonsense.*libegl1 and libgl1.*libosmesa6") as error:
+    with pytest.raises(InputError, match=r"MUJOCO_GL=nonsense.*libegl1 and libgl1.*libosmesa6") as error:
         metaworld.opengl_context.__wrapped__()  # not the one that is cached
     assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-import common
+import envs
 from common import InputError
 
 minari = pytest.importorskip("minari")
@@ -70,12 +70,12 @@ def recorded(tmp_path, monkeypatch):
 def test_flattened_as_gymnasium_does(recorded):
     """Catches another order of keys (a before z, b before y), or a row that is not its own episode's."""
     env_id, episodes = recorded
-    env = common.make_env(env_id)
+    env = envs.make(env_id)
     assert env.observation_space.shape == (6,) and env.unwrapped.spec.id == "TestReach-v0"
     obs, _ = env.reset(seed=5)
     np.testing.assert_allclose(obs, episodes[5][0][0], rtol=1e-6)
     assert obs[3] == pytest.approx(env.unwrapped.x) and obs[5] == pytest.approx(10 * env.unwrapped.x)  # b b b y z z
-    data = common.family_module(env_id).read_dataset(env_id, common.dataset_file(env_id))
+    data = envs.family_module(env_id).read_dataset(env_id, envs.dataset_file(env_id))
     np.testing.assert_allclose(data["observations"], np.concatenate([s[:-1] for s, _, _ in episodes]), rtol=1e-6)
     np.testing.assert_allclose(data["next_observations"], np.concatenate([s[1:] for s, _, _ in episodes]), rtol=1e-6)
     last = np.cumsum([len(actions) for _, actions, _ in episodes]) - 1
@@ -88,7 +88,7 @@ def test_flattened_as_gymnasium_does(recorded):
 def test_loaded_for_training(recorded):
     """Every transition is kept, the last of a truncated episode too; actions are rescaled from [-0.5, 0.5]."""
     env_id, episodes = recorded
-    buffer = common.load_dataset(env_id, reward_bias=-1.0, sparse=True)
+    buffer = envs.load_dataset(env_id, reward_bias=-1.0, sparse=True)
     actions = np.concatenate([actions for _, actions, _ in episodes])
     assert len(buffer) == len(actions) and buffer.num_states == len(buffer) + len(episodes)
     np.testing.assert_allclose(buffer.actions[: len(buffer)], np.clip(2 * actions, -0.99999, 0.99999), rtol=1e-6)
@@ -101,18 +101,18 @@ def test_another_file_wins(recorded, tmp_path):
     env_id, _ = recorded
     rows = dict(actions=np.zeros((2, 1)), rewards=np.zeros(2), terminals=np.array([0, 1]), timeouts=np.zeros(2))
     np.savez(tmp_path / "mine.npz", observations=np.zeros((2, 6)), **rows)
-    assert len(common.load_dataset(env_id, str(tmp_path / "mine.npz"))) == 2
+    assert len(envs.load_dataset(env_id, str(tmp_path / "mine.npz"))) == 2
 
 
 def test_other_storage_is_refused(recorded, monkeypatch, tmp_path):
     """Minari's arrow and parquet have no such file."""
-    module = common.family_module(recorded[0])
+    module = envs.family_module(recorded[0])
     storage = types.SimpleNamespace(data_path=tmp_path / "arrow")
     monkeypatch.setattr(module, "load", lambda env_id: types.SimpleNamespace(storage=storage))
     with pytest.raises(InputError, match=r"minari:test/reach-v0: no .*arrow/main_data\.hdf5; expected .* HDF5"):
-        common.dataset_file(recorded[0])
+        envs.dataset_file(recorded[0])
 
 
 def test_unknown_dataset(recorded):
     with pytest.raises(InputError, match=r"--env-id minari:reach.*present: test/reach-v0"):
-        common.make_env("minari:reach")  # no version: refused before any download
+        envs.make("minari:reach")  # no version: refused before any download

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import common
+import envs
 from common import InputError
 
 ogbench = pytest.importorskip("ogbench")
-family = common.family_module("cube-single-play-singletask-task1-v0")
+family = envs.family_module("cube-single-play-singletask-task1-v0")
 
 CUBE, SINGLE = "cube-double-play-singletask-task2-v0", "cube-single-noisy-singletask-task1-v0"
 MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
@@ -26,22 +26,22 @@ def no_files(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def cubes():
-    return common.make_env(CUBE, sparse=True)
+    return envs.make(CUBE, sparse=True)
 
 
 def test_ids():
     for env_id in (CUBE, MAZE, "antmaze-large-explore-singletask-v0", "puzzle-4x4-noisy-singletask-task5-v0"):
         assert env_id in family.IDS
     assert not any("visual" in env_id for env_id in family.IDS)
-    assert all(common.family(env_id) == ("ogbench", "ogbench") for env_id in family.IDS)
+    assert all(envs.family_module(env_id) is family for env_id in family.IDS)
     with pytest.raises(InputError, match=r"did you mean cube-single-play-singletask-task\d-v0"):
-        common.make_env("cube-single-play-singletask-task9-v0")
+        envs.make("cube-single-play-singletask-task9-v0")
 
 
 @pytest.mark.parametrize("env_id", [SINGLE, MAZE, "pointmaze-teleport-navigate-singletask-task1-v0"])
 def test_seeded_reset(env_id):
     """Catches draws from numpy's global generator, or from an unseeded action space, that a seed does not reach."""
-    env = common.make_env(env_id)
+    env = envs.make(env_id)
     limits = {"cube": 200, "poin": 1000}
     assert env.get_wrapper_attr("_max_episode_steps") == limits[env_id[:4]]
 
@@ -83,7 +83,7 @@ def test_cubes_pay_for_each_unsolved(cubes):
 
 def test_maze_pays_per_step():
     """The reward is that of the state acted in: the step into the goal (20, 20) still costs, the next one ends."""
-    env = common.make_env(MAZE, sparse=True)
+    env = envs.make(MAZE, sparse=True)
     env.reset(seed=0)
     env.unwrapped.set_xy(np.array([18.9, 20.0]))  # 1.1 m from the goal, whose radius is 1
     _, reward, terminated, _, info = env.step(np.array([1.0, 0.0]))  # by 0.2 m
@@ -112,7 +112,7 @@ def cube_file(tmp_path):
 
 def test_relabelled_as_ogbench_does(cube_file):
     """The same rows as ogbench.make_env_and_datasets; and by hand, what they should be."""
-    assert common.dataset_file(CUBE) == cube_file
+    assert envs.dataset_file(CUBE) == cube_file
     data = family.read_dataset(CUBE, cube_file)
     _, theirs, _ = ogbench.make_env_and_datasets(CUBE, dataset_path=str(cube_file))
     for key in ("observations", "actions", "rewards", "next_observations"):
@@ -127,7 +127,7 @@ def test_relabelled_as_ogbench_does(cube_file):
 
 def test_episodes_end_at_success(cube_file):
     """Cut by the masks: episodes of 3, 1, 1 and 5 transitions, the last of each trajectory kept; returns by hand."""
-    buffer = common.load_dataset(CUBE, discount=0.5, sparse=True)
+    buffer = envs.load_dataset(CUBE, discount=0.5, sparse=True)
     assert len(buffer) == 10 and buffer.num_states == 14
     assert buffer.masks[:10].tolist() == [1, 1, 0, 0, 1, 1, 1, 1, 1, 1]
     assert buffer.mc_returns[:10].tolist() == [-2.5, -1, 0, 0, -2, -4, -4, -4, -4, -4]
@@ -195,7 +195,7 @@ def test_unequal_lengths(cube_file):
 @pytest.mark.parametrize("env_id", [SINGLE, MAZE])
 def test_render(env_id):
     """In a process of its own, where nobody sets MUJOCO_GL, and which ends without a word about OpenGL."""
-    code = f"import common; env = common.make_env('{env_id}', render=True); env.reset(seed=0); image = env.render()"
+    code = f"import envs; env = envs.make('{env_id}', render=True); env.reset(seed=0); image = env.render()"
     code += "; assert image.shape == (224, 224, 3) and image.dtype == 'uint8' and image.std() > 20"
     environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
     command = [sys.executable, "-c", code]
@@ -209,12 +209,12 @@ def test_no_opengl_is_known_before_training(monkeypatch):
 
     monkeypatch.setattr(family.mujoco, "Renderer", missing)
     with pytest.raises(InputError, match=r"no OpenGL \(an OpenGL platform .*; expected Debian's libegl1"):
-        common.make_env(SINGLE, render=True)
+        envs.make(SINGLE, render=True)
 
 
 def test_missing_dataset(tmp_path):
     with pytest.raises(InputError, match=rf"{tmp_path}/antmaze-large-stitch-v0\.npz; expected there https://"):
-        common.dataset_file("antmaze-large-stitch-singletask-task2-v0")
+        envs.dataset_file("antmaze-large-stitch-singletask-task2-v0")
 
 
 @pytest.mark.parametrize("env_id", [SINGLE, MAZE])
@@ -235,7 +235,7 @@ def test_made_data_solves_tasks(monkeypatch):
     monkeypatch.setattr(family, "EPISODE_STEPS", 120)
     monkeypatch.setattr(family, "MADE_EPISODES", {"cube.*": 3, "pointmaze.*": 12})
     for env_id in ("cube-single-play-singletask-task1-v0", MAZE):
-        path = common.dataset_file(env_id)
+        path = envs.dataset_file(env_id)
         assert str(path).startswith(os.environ["PARL_CACHE"]) and "-made-" in path.name
         data = family.read_dataset(env_id, path)
         assert data["terminals"].any() and (data["rewards"] == -1).any()

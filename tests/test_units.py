@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import envs
 import parl_diffusion as parl
 import parl_gaussian
 import parl_transformer
@@ -599,7 +600,7 @@ def test_cached_samples_come_from_the_seed_and_leave_the_generator_alone():
     assert parl.cached_samples(policy, states, 2, args) is None  # 16 touches do not pay for 30 states
 
 
-# ---------------------------------------------------------------- returns, buffer, datasets
+# ---------------------------------------------------------------- returns, buffer, evaluation
 
 
 def test_returns_by_hand():
@@ -640,112 +641,6 @@ def test_buffer_grows():
     assert (buffer.states[buffer.state_rows[:5000], 0] == np.repeat(np.arange(50), 100)).all()
 
 
-def arrays(n, **changes):
-    data = dict(
-        observations=np.arange(n, dtype=np.float32)[:, None], actions=np.zeros((n, 1)), rewards=np.zeros(n),
-        terminals=np.zeros(n, bool), timeouts=np.zeros(n, bool),
-    )  # fmt: skip
-    return data | changes
-
-
-def test_split_without_next_observations_drops_what_is_not_known():
-    ends = np.array([0, 0, 1, 0, 0, 0], bool)
-    assert common.split_episodes(arrays(6, terminals=ends))[0] == [(0, 3), (3, 5)]  # the end of the file
-    assert common.split_episodes(arrays(6, timeouts=ends))[0] == [(0, 2), (3, 5)]  # the row at a timeout
-
-
-def test_split_with_next_observations_keeps_all_and_sees_jumps():
-    following = np.array([1, 2, 50, 4, 5, 6], np.float32)[:, None]
-    unknown = common.split_episodes(arrays(3, terminals=np.array([0, 1, 1], bool)))[1]
-    assert unknown[:, 0].tolist() == [1, 1, 2]  # at a terminal the row itself, not another episode's start
-    episodes, next_observations = common.split_episodes(arrays(6, next_observations=following))
-    assert episodes == [(0, 3), (3, 6)]
-    assert next_observations[2, 0] == 50
-
-
-def test_load_dataset_cuts_at_success_and_scales(tmp_path):
-    path = tmp_path / "data.npz"
-    n = 8
-    data = arrays(n, observations=np.zeros((n, 4)), actions=np.zeros((n, 2)))
-    data["rewards"] = np.array([0, 0, 1, 0, 0, 0, 0, 0.0])
-    data["timeouts"] = np.arange(n) == n - 1
-    np.savez(path, **data, next_observations=np.zeros((n, 4)))
-    buffer = common.load_dataset("pointmaze-umaze-play", path, 1.0, -1.0, 0.9, sparse=True)
-    assert buffer.masks[:8].tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
-    assert buffer.rewards[:8].tolist() == [-1, -1, 0, -1, -1, -1, -1, -1]
-    assert buffer.mc_returns[:8] == pytest.approx([-1.9, -1, 0, *[-10] * 5], rel=1e-5)
-
-
-def test_terminals_of_any_number_are_flags(tmp_path):
-    data = arrays(4, observations=np.zeros((4, 4)), actions=np.zeros((4, 2)), terminals=np.array([0, 255, 0, 255]))
-    np.savez(tmp_path / "data.npz", **data)
-    assert common.load_dataset("pointmaze-umaze-play", tmp_path / "data.npz").masks[:4].tolist() == [1, 0, 1, 0]
-
-
-class Countdown(gym.Env):
-    """Ends after a number of steps drawn at reset; the action's first number is the reward. Bounds are not [-1, 1]."""
-
-    observation_space = gym.spaces.Dict({"b": gym.spaces.Box(-99, 99, (2,)), "a": gym.spaces.Box(-99, 99, (1,))})
-    action_space = gym.spaces.Box(np.array([0, -4], np.float32), np.array([10, 4], np.float32))
-
-    def obs(self):
-        return {"b": np.array([self.left, 0], np.float32), "a": np.array([7], np.float32)}
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.left = int(self.np_random.integers(1, 30))
-        return self.obs(), {}
-
-    def step(self, action):
-        self.left -= 1
-        self.taken = action
-        return self.obs(), float(action[0]), self.left == 0, False, {"is_success": self.left == 0 and action[0] > 5}
-
-
-gym.register("Countdown-v0", entry_point=Countdown)
-
-
-def test_any_environment_is_flattened_and_rescaled():
-    env = common.make_env("Countdown-v0")
-    obs, _ = env.reset(seed=0)
-    assert env.observation_space.shape == (3,) and env.action_space.shape == (2,) and obs.dtype == np.float32
-    assert obs[0] == 7  # a space made from a dict has its keys sorted
-    env.step(np.array([-1.0, 1.0]))
-    np.testing.assert_allclose(env.unwrapped.taken, [0, 4])
-    env.step(np.array([0.5, 0.0]))
-    np.testing.assert_allclose(env.unwrapped.taken, [7.5, 0])
-
-
-def test_actions_of_a_file_are_in_the_units_that_make_env_was_given(tmp_path):
-    """An environment whose own wrapper rescales: its outermost bounds count, not those of what is inside."""
-    wrapped = lambda: gym.wrappers.RescaleAction(Countdown(), np.float32(-2), np.float32(2))  # noqa: E731
-    gym.register("Wrapped-v0", entry_point=wrapped)
-    data = arrays(4, observations=np.zeros((4, 3)), actions=np.full((4, 2), 1.0), timeouts=np.arange(4) == 3)
-    np.savez(tmp_path / "data.npz", **data, next_observations=np.zeros((4, 3)))
-    buffer = common.load_dataset("Wrapped-v0", tmp_path / "data.npz")
-    assert buffer.actions[:4] == pytest.approx(0.5)
-
-
-def test_a_sparse_episode_ends_at_its_first_success():
-    class Reach(gym.Env):
-        observation_space, action_space = gym.spaces.Box(-9, 9, (1,)), gym.spaces.Box(-1, 1, (1,))
-
-        def reset(self, *, seed=None, options=None):
-            self.t = 0
-            return np.zeros(1, np.float32), {}
-
-        def step(self, action):
-            self.t += 1
-            return np.zeros(1, np.float32), 0.0, False, self.t == 9, {"is_success": self.t == 4}
-
-    gym.register("Reach-v0", entry_point=Reach)
-    for sparse, length in ((True, 4), (False, 9)):
-        env = common.make_env("Reach-v0", sparse)
-        (episode,) = common.run_episodes([env], lambda obs, keys: np.zeros((1, 1), np.float32), [0])
-        assert len(episode["rewards"]) == length and episode["success"]
-        assert episode["masks"].tolist() == [1.0] * (length - 1) + [0.0 if sparse else 1.0]
-
-
 def test_evaluation_is_the_same_with_1_and_8_environments():
     """Episode lengths differ, so an order of finishing that leaked into the result would show."""
 
@@ -753,8 +648,8 @@ def test_evaluation_is_the_same_with_1_and_8_environments():
         return np.stack([np.random.default_rng(key).uniform(-1, 1, 2) for key in keys])
 
     seeds = np.arange(100, 121)
-    one = common.run_episodes([common.make_env("Countdown-v0")], act, seeds)
-    eight = common.run_episodes([common.make_env("Countdown-v0") for _ in range(8)], act, seeds)
+    one = common.run_episodes([envs.make("countdown:Countdown-v0")], act, seeds)
+    eight = common.run_episodes([envs.make("countdown:Countdown-v0") for _ in range(8)], act, seeds)
     for first, second in zip(one, eight, strict=True):
         assert all(np.array_equal(first[name], second[name]) for name in first)
     assert len({len(episode["rewards"]) for episode in one}) > 5
@@ -770,8 +665,8 @@ def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments(make_polic
         return parl.act(policy, critic, torch.from_numpy(obs), args, keys).numpy()
 
     def run(num_envs):
-        envs = [common.make_env("pointmaze-umaze-play") for _ in range(num_envs)]
-        return common.run_episodes(envs, act, np.arange(8), batch_size=10)
+        made = [envs.make("pointmaze-umaze-play") for _ in range(num_envs)]
+        return common.run_episodes(made, act, np.arange(8), batch_size=10)
 
     one, eight = run(1), run(8)
     for first, second in zip(one, eight, strict=True):
@@ -796,56 +691,3 @@ def test_means_over_episodes():
     common.evaluate([Fixed(), Fixed()], lambda obs, keys: seen.append(len(obs)) or np.zeros((len(obs), 1)), 4)
     assert set(seen) == {1, 10}
     assert means == {"x/success_rate": 0.5, "x/return": 3.5, "x/length": 3.5, "x/steps_to_goal": 3.0}
-
-
-# ---------------------------------------------------------------- PointMaze
-
-
-def test_pointmaze_facts():
-    for env_id, (_, _, goal_cell, horizon, _) in common.POINTMAZES.items():
-        env = common.make_env(env_id)
-        maze = env.unwrapped
-        first, again = env.reset(seed=3)[0], env.reset(seed=3)[0]
-        np.testing.assert_array_equal(first, again)
-        starts = np.stack([env.reset(seed=i)[0] for i in range(40)])
-        centre = maze.maze.cell_rowcol_to_xy(np.array(common.POINTMAZES[env_id][1]))
-        assert np.abs(starts[:, :2] - centre).max() <= 0.25 and starts[:, :2].std(0).min() > 0.1
-        assert (starts[:, 2:] == 0).all()
-        np.testing.assert_array_equal(maze.goal, maze.maze.cell_rowcol_to_xy(np.array(goal_cell)))
-        steps = [env.step(np.zeros(2, np.float32)) for _ in range(horizon)]
-        assert not any(step[2] for step in steps) and [step[3] for step in steps].index(True) == horizon - 1
-        maze.point_env.set_state(maze.goal + np.array([0.44, 0]), np.zeros(2))
-        _, reward, terminated, _, info = env.step(np.zeros(2, np.float32))
-        assert (reward, terminated, info["success"]) == (1.0, True, True)
-
-
-def test_pointmaze_dynamics_are_12_hz():
-    env = common.make_env("pointmaze-umaze-play")
-    env.reset(seed=0)
-    point = env.unwrapped.point_env
-    before = point.data.time
-    env.step(np.array([1.0, 0.0]))
-    assert point.data.time - before == pytest.approx(0.08)
-
-
-def test_pointmaze_leaves_no_file_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    common.make_env("pointmaze-umaze-play")
-    assert not list(tmp_path.iterdir())
-
-
-def test_shortest_path():
-    walls = np.array([[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]], bool)
-    assert common.shortest_path(walls, (1, 1), (3, 1)) == [(1, 1), (1, 2), (2, 2), (3, 2), (3, 1)]
-    assert common.shortest_path(walls, (1, 1), (1, 1)) == [(1, 1)]
-
-
-def test_embedded_data_is_deterministic_and_consistent():
-    first, again = (common.generate_pointmaze("pointmaze-umaze-play", 600, seed=1) for _ in range(2))
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    other = common.generate_pointmaze("pointmaze-umaze-play", 600, seed=2)
-    assert not np.array_equal(first["actions"][:100], other["actions"][:100])
-    assert (first["rewards"] == first["terminals"]).all() and first["terminals"].any()
-    goal = np.array([-1.0, 1.0])
-    reached = np.linalg.norm(first["next_observations"][:, :2] - goal, axis=1) <= 0.45
-    assert (reached == first["terminals"]).all()
