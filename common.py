@@ -10,12 +10,15 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import fnmatch
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import pickle
+import random
 import signal
 import sys
 import textwrap
@@ -39,12 +42,17 @@ class InputError(ValueError):
 
 
 def start(args):
-    """Seed torch and set its threads. Returns (device, a seeded numpy generator). Raises InputError without a GPU."""
+    """Seed torch and set its threads. Returns (device, a seeded numpy generator). Raises InputError without a GPU.
+
+    numpy's and Python's global generators are seeded too, for environments that draw from them.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; expected cpu or auto")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
+    np.random.seed(args.seed)
+    random.seed(args.seed)
     keep_freed_memory()
     use_gpu = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
@@ -105,16 +113,35 @@ def mc_returns(rewards, masks, discount, sparse=False):
     """Return-to-go of one episode, G_t = r_t + discount * mask_t * G_{t+1}, with nothing after its last step.
 
     rewards, masks (L,), scaled as they are learned from -> (L,) float32. sparse: each step costs until success, which
-    costs nothing; an episode of negative rewards alone never succeeded and is worth r / (1 - discount) throughout.
-    NOTE(differs): an online episode that fails is worth r / (1 - discount) too (released: its truncated sum).
+    costs nothing; an episode of negative rewards alone never succeeded and goes on for ever at its last cost.
+    NOTE(differs): an online episode that fails goes on for ever too (released: its truncated sum, or a robot's).
     """
     rewards = np.asarray(rewards, np.float64)
-    if sparse and rewards.max() < 0:
-        return np.full(len(rewards), rewards[-1] / (1 - discount), np.float32)
     returns = np.zeros(len(rewards) + 1)
+    if sparse and rewards.max() < 0:
+        returns[-1], masks = rewards[-1] / (1 - discount), np.ones(len(rewards))
     for t in reversed(range(len(rewards))):
         returns[t] = rewards[t] + discount * masks[t] * returns[t + 1]
     return returns[:-1].astype(np.float32)
+
+
+def endless_failure(rewards, masks, discount):
+    """The rewards (L,) of a sparse episode: where a failure terminates it (a mask of 0, no success), its last cost is
+    paid for ever, r / (1 - discount). One step's cost would make failing early worth more than trying.
+
+    NOTE(differs): a failure that ends a sparse episode costs for ever (released: it costs one step).
+    """
+    rewards = np.array(rewards, np.float64)
+    if masks[-1] == 0 and rewards.max() < 0:
+        rewards[-1] /= 1 - discount
+    return rewards
+
+
+def step_rewards(buffer, args):
+    """The rewards (N,) that a step can pay, from which the range of values follows: of a sparse task not those of
+    `endless_failure`."""
+    rewards, masks = buffer.rewards[: len(buffer)], buffer.masks[: len(buffer)]
+    return rewards[(masks > 0) | (rewards >= 0)] if args.sparse_reward else rewards
 
 
 class ReplayBuffer:
@@ -131,6 +158,8 @@ class ReplayBuffer:
         self.actions = np.zeros((1024, act_dim), np.float32)
         self.rewards, self.masks, self.mc_returns = (np.zeros(1024, np.float32) for _ in range(3))
         self.state_rows = np.zeros(1024, np.int64)
+        self.last_rows = np.zeros(1024, np.int64)  # for each transition that of its episode's last one
+        self.starts_of = self.starts = None  # where chunks of how many steps can begin
 
     def __len__(self):
         return self.num_transitions
@@ -146,28 +175,51 @@ class ReplayBuffer:
         self.state_rows = append(self.state_rows, self.num_transitions, self.num_states + np.arange(len(actions)))
         self.states = append(self.states, self.num_states, observations)
         self.actions = append(self.actions, self.num_transitions, np.clip(actions, -0.99999, 0.99999))
-        for name, values in (("rewards", rewards), ("masks", masks), ("mc_returns", mc_returns)):
+        last_rows = np.full(len(actions), self.num_transitions + len(actions) - 1)
+        per_step = dict(rewards=rewards, masks=masks, mc_returns=mc_returns, last_rows=last_rows)
+        for name, values in per_step.items():
             setattr(self, name, append(getattr(self, name), self.num_transitions, values))
         self.num_states, self.num_transitions = self.num_states + len(observations), self.num_transitions + len(actions)
 
-    def sample(self, batch_size, generator):
+    def sample(self, batch_size, generator, chunk=1, discount=1.0):
         """Transitions, uniform with replacement: obs, next_obs (B, O), actions (B, A), rewards, masks, mc_returns (B,),
-        and state_rows (B,), the row of obs among `states`.
+        and state_rows, next_state_rows (B,), the rows of obs and next_obs among `states`.
 
+        chunk: h steps as one, with actions (B, h * A) one after the other, rewards sum_i discount^i r_{t+i}, and obs h
+        steps on as next_obs. Any step begins one that has h steps left in its episode, or fewer to a terminal, after
+        which the last action is repeated and costs nothing.
         NOTE(differs): batches are drawn by a seeded generator, with replacement (released: 34 ms each from 1M rows).
         """
-        rows = generator.integers(self.num_transitions, size=batch_size)
-        states = self.state_rows[rows]
-        batch = {name: getattr(self, name)[rows] for name in ("actions", "rewards", "masks", "mc_returns")}
-        batch |= {"obs": self.states[states], "next_obs": self.states[states + 1], "state_rows": states}
+        if chunk == 1:
+            rows = generator.integers(self.num_transitions, size=batch_size)
+        else:
+            starts = self.chunk_starts(chunk)
+            rows = starts[generator.integers(len(starts), size=batch_size)]
+        steps = np.arange(chunk)
+        inside = np.minimum(rows[:, None] + steps, self.last_rows[rows, None])  # (B, h): beyond the end, the last step
+        weights = discount**steps * (rows[:, None] + steps == inside)
+        states, next_states = self.state_rows[rows], self.state_rows[inside[:, -1]] + 1
+        batch = {"actions": self.actions[inside].reshape(batch_size, -1), "masks": self.masks[inside[:, -1]]}
+        batch |= {"rewards": (weights * self.rewards[inside]).sum(1, dtype=np.float32)}
+        batch |= {"mc_returns": self.mc_returns[rows], "state_rows": states, "next_state_rows": next_states}
+        batch |= {"obs": self.states[states], "next_obs": self.states[next_states]}
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
+    def chunk_starts(self, chunk):
+        """The rows at which a chunk can begin, see `sample`. Raises InputError where there are none."""
+        if self.starts_of != (chunk, self.num_transitions):
+            rows, last_rows = np.arange(self.num_transitions), self.last_rows[: self.num_transitions]
+            self.starts = np.flatnonzero((rows + chunk - 1 <= last_rows) | (self.masks[last_rows] == 0))
+            self.starts_of = chunk, self.num_transitions
+        if not len(self.starts):
+            raise InputError(f"--action-chunk {chunk}: no episode has so many steps; expected fewer")
+        return self.starts
+
     def state_dict(self):
-        arrays = {name: getattr(self, name) for name in ("actions", "rewards", "masks", "mc_returns", "state_rows")}
-        arrays = {name: array[: self.num_transitions] for name, array in arrays.items()}
-        return {
-            name: torch.tensor(array) for name, array in (arrays | {"states": self.states[: self.num_states]}).items()
-        }
+        names = ("actions", "rewards", "masks", "mc_returns", "state_rows", "last_rows")
+        arrays = {name: getattr(self, name)[: self.num_transitions] for name in names}
+        arrays["states"] = self.states[: self.num_states]
+        return {name: torch.tensor(array) for name, array in arrays.items()}
 
     def load_state_dict(self, state):
         for name, tensor in state.items():
@@ -183,9 +235,10 @@ def append(array, size, rows):
     return array
 
 
-def sample_both(offline, online, num_offline, num_online, generator):
+def sample_both(offline, online, num_offline, num_online, generator, chunk=1, discount=1.0):
     """num_offline transitions of one buffer, and below them num_online of the other."""
-    parts = [buffer.sample(n, generator) for buffer, n in ((offline, num_offline), (online, num_online)) if n]
+    sizes = ((offline, num_offline), (online, num_online))
+    parts = [buffer.sample(size, generator, chunk, discount) for buffer, size in sizes if size]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -197,40 +250,77 @@ EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the i
 def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
     """One episode per seed, each run to its end; the result does not depend on how many `envs` there are.
 
-    act(obs (N, O), keys) -> actions (N, A) in [-1, 1]; keys[i] = (episode seed, step) seeds what is random in row i.
+    act(obs (N, O), keys) -> actions (N, A) in [-1, 1], or chunks of them (N, h * A) that are carried out one step after
+    the other before act is asked again; keys[i] = (episode seed, step) seeds what is random in row i.
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
     success (at any step). Observations are float32, or images as they are.
     batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number.
+    Raises FloatingPointError for an observation, reward or action that is not finite, before an action is sent.
     """
-    episodes = [{"observations": [], "steps": [], "success": False, "frames": []} for _ in seeds]
-    waiting = [deque(range(i, len(seeds), len(envs))) for i in range(len(envs))]  # who runs what is settled beforehand
-    running = {}  # environment -> episode
+    episodes = [Episode(envs[k % len(envs)], int(seed)) for k, seed in enumerate(seeds)]
+    waiting = [deque(episodes[i :: len(envs)]) for i in range(len(envs))]  # who runs what is settled beforehand
+    running = {}  # environment's index -> episode
     while any(waiting) or running:
-        for i, env in enumerate(envs):
+        for i in range(len(envs)):
             if i not in running and waiting[i]:
                 running[i] = waiting[i].popleft()
-                episodes[running[i]]["observations"].append(env.reset(seed=int(seeds[running[i]]))[0])
-        obs = stacked([episodes[j]["observations"][-1] for j in running.values()])
-        keys = [(int(seeds[j]), len(episodes[j]["steps"])) for j in running.values()]
-        padding = max(0, batch_size - len(obs))
-        actions = act(np.concatenate([obs, obs[:1].repeat(padding, 0)]), keys + keys[:1] * padding)[: len(obs)]
-        for (i, j), action in zip(list(running.items()), actions, strict=True):
-            obs, reward, terminated, truncated, info = envs[i].step(action)
-            episodes[j]["observations"].append(obs)
-            episodes[j]["steps"].append((action, float(reward), 1.0 - terminated))
-            episodes[j]["success"] |= info["success"]
-            if video_dir:
-                episodes[j]["frames"].append(envs[i].render())
-            if terminated or truncated:
+                running[i].reset()
+        if deciding := [episode for episode in running.values() if not episode.plan]:
+            obs = stacked([episode.observations[-1] for episode in deciding])
+            keys = [(episode.seed, len(episode.actions)) for episode in deciding]
+            padding = max(0, batch_size - len(obs))
+            actions = act(np.concatenate([obs, obs[:1].repeat(padding, 0)]), keys + keys[:1] * padding)
+            for episode, chunk in zip(deciding, actions, strict=False):  # those of the padding are not needed
+                episode.plan.extend(chunk.reshape(-1, *episode.env.action_space.shape))  # (h, A)
+        for i, episode in list(running.items()):
+            if episode.step(render=bool(video_dir)):
                 del running[i]
-    for seed, episode in zip(seeds, episodes, strict=True):
-        frames = episode.pop("frames")
-        if video_dir:
-            write_video(Path(video_dir) / f"episode-{seed}.mp4", frames)
-        steps = zip(*episode.pop("steps"), strict=True)
-        episode["observations"] = stacked(episode["observations"])
-        episode |= {name: np.stack(values) for name, values in zip(("actions", "rewards", "masks"), steps, strict=True)}
-    return episodes
+    if video_dir:
+        for episode in episodes:
+            write_video(Path(video_dir) / f"episode-{episode.seed}.mp4", episode.frames)
+    return [episode.arrays() for episode in episodes]
+
+
+class Episode:
+    """One episode while it runs. It keeps copies: an environment may change the action it is given, and return the same
+    array at every step."""
+
+    def __init__(self, env, seed):
+        self.env, self.seed, self.success, self.plan = env, seed, False, deque()
+        self.observations, self.actions, self.rewards, self.masks, self.frames = [], [], [], [], []
+
+    def reset(self):
+        self.see(self.env.reset(seed=self.seed)[0])
+
+    def see(self, obs):
+        self.check("observation", obs)
+        self.observations.append(np.array(obs))
+
+    def step(self, render):
+        """Carry out the next action of the plan. Returns whether the episode is over."""
+        action = self.plan.popleft()
+        self.check("action", action)
+        obs, reward, terminated, truncated, info = self.env.step(np.array(action))
+        self.check("reward", reward)
+        self.actions.append(action)
+        self.rewards.append(float(reward))
+        self.masks.append(1.0 - terminated)
+        self.success |= bool(info["success"])
+        self.see(obs)
+        if render:
+            self.frames.append(np.array(self.env.render()))
+        return terminated or truncated
+
+    def check(self, name, value):
+        if not np.isfinite(value).all():
+            name_of_env = self.env.spec.id if self.env.spec else type(self.env.unwrapped).__name__
+            where = f"{name_of_env}, episode with reset seed {self.seed}, step {len(self.actions)}"
+            raise FloatingPointError(f"{where}: {name} is not finite, {value}; no further action was sent")
+
+    def arrays(self):
+        names = ("actions", "rewards", "masks")
+        arrays = {name: np.stack(getattr(self, name)) for name in names}
+        return {"observations": stacked(self.observations), "success": self.success} | arrays
 
 
 def stacked(observations):
@@ -437,7 +527,7 @@ class Log:
             self.columns += new
             replace_file(path, "\n".join([",".join(self.columns), *(line + "," * len(new) for line in rows), ""]))
         values = [row.get(name, "") for name in self.columns]
-        with open(path, "a") as file:
+        with writing(path), open(path, "a") as file:
             file.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in values) + "\n")
         self.num_rows += 1
 
@@ -445,8 +535,11 @@ class Log:
         """Begin metrics.csv; a run that is resumed loses the rows past its checkpoint. With --track, tell wandb."""
         path, rows = self.directory / "metrics.csv", []
         if self.num_rows:
-            header, *rows = path.read_text().splitlines()[: self.num_rows + 1]
-            self.columns = header.split(",")
+            lines = path.read_text().splitlines() if path.is_file() else []
+            if len(lines) <= self.num_rows:
+                there = f"has {max(len(lines) - 1, 0)} rows; expected the {self.num_rows} up to its checkpoint"
+                raise InputError(f"--resume {self.directory}: metrics.csv {there}")
+            self.columns, rows = lines[0].split(","), lines[1 : self.num_rows + 1]
         replace_file(path, "\n".join([",".join(self.columns), *rows, ""]))
         if self.args.track:
             self.try_wandb(lambda: self.start_wandb(config))
@@ -548,23 +641,55 @@ class Checkpoint:
         self.generator, self.kept = generator, kept
 
     def save(self):
-        """Write it under another name, then rename: what is there is whole, also after a crash."""
+        """Write it under another name, then rename: what is there is whole, also after a crash.
+
+        Raises FloatingPointError, and leaves the last one, where a loss or a weight is not finite.
+        """
         self.kept["log"].check_finite()
-        state = {name: item.state_dict() for name, item in self.kept.items()} | self.identity
-        state |= dict(args=vars(self.args), torch_rng=torch.get_rng_state())
-        state |= dict(numpy_rng=json.dumps(self.generator.bit_generator.state))
-        state |= dict(cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0))
+        state = {name: item.state_dict() for name, item in self.kept.items()}
+        for name, values in state.items():
+            numbers = {part: x for part, x in values.items() if torch.is_tensor(x) and x.is_floating_point()}
+            if bad := [part for part, value in numbers.items() if not torch.isfinite(value).all()]:
+                raise FloatingPointError(f"{name}.{bad[0]} is not finite; the last good checkpoint is {self.path}")
+        state |= self.identity | dict(args=vars(self.args), generators=self.generators())
         replace_file(self.path, lambda file: torch.save(state, file))
+
+    def generators(self):
+        """The states of all random generators: the run's, torch's, and the global ones of numpy and Python."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
+        numpy_name, numpy_keys, *numpy_rest = np.random.get_state()
+        global_ones = [numpy_name, numpy_keys.tolist(), *numpy_rest], random.getstate()
+        others = json.dumps([self.generator.bit_generator.state, *global_ones])
+        return dict(torch=torch.get_rng_state(), cuda=cuda, others=others)
+
+    def set_generators(self, states):
+        torch.set_rng_state(states["torch"])
+        if torch.cuda.is_available() and len(states["cuda"]):
+            torch.cuda.set_rng_state(states["cuda"])
+        self.generator.bit_generator.state, of_numpy, (version, keys, gauss) = json.loads(states["others"])
+        np.random.set_state(tuple(of_numpy))
+        random.setstate((version, tuple(keys), gauss))
 
     def resume(self):
         """Load what was kept. Raises InputError where it is another run's, or flags ask for more of a past phase."""
+        if not self.path.is_file():
+            expected = f"it was stopped before its first one; expected --run-dir {self.path.parent} to begin again"
+            raise InputError(f"--resume {self.path.parent}: no checkpoint.pt; {expected}")
+        if not self.args.eval_only:
+            self.lock()
         fixed = ("policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward")
         state = load_checkpoint(self.path, "--resume", self.args, self.identity, fixed, **self.kept)
         self.check_phases(state["args"], self.kept["counters"])
-        self.generator.bit_generator.state = json.loads(state["numpy_rng"])
-        torch.set_rng_state(state["torch_rng"])
-        if torch.cuda.is_available() and len(state["cuda_rng"]):
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        self.set_generators(state["generators"])
+
+    def lock(self):
+        """Keep other processes out of the folder until this one ends, however it ends. Raises InputError."""
+        with writing(self.path.with_name(".lock")):
+            self.lock_file = open(self.path.with_name(".lock"), "w")  # noqa: SIM115
+            try:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise InputError(f"--run-dir {self.path.parent}: another process is running in it") from error
 
     def check_phases(self, saved, counters):
         for phase, name in (("bc", "bc_steps"), ("offline", "offline_steps"), ("distill", "offline_distill_steps")):
@@ -609,11 +734,22 @@ def load_checkpoint(path, flag, args, identity, fixed=(), **objects):
 
 def replace_file(path, content):
     """Write text, or what content(file) writes, to another name, fsync, rename: never a half-written file."""
-    with open(path.with_name(f".{path.name}.partial"), "wb") as file:
+    with writing(path), open(path.with_name(f".{path.name}.partial"), "wb") as file:
         content(file) if callable(content) else file.write(content.encode())
         file.flush()
         os.fsync(file.fileno())
     Path(file.name).replace(path)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turns what the operating system has against writing `path` (a full disk, say) into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--run-dir {path.parent}: {path.name} cannot be written ({error.strerror or error})"
+        ) from error
 
 
 class StopSignal:
@@ -643,10 +779,9 @@ class StopSignal:
 def open_run(args, script, generator, dataset, kept):
     """A run's directory, counters, log and checkpoint; with --policy-checkpoint or --resume what is `kept` is loaded.
     Nothing is written yet. kept: see `Checkpoint`, the policy and its average among it."""
-    name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%y%m%d-%H%M%S')}"
-    directory = Path(args.resume or args.run_dir or f"runs/{name.translate(str.maketrans('/:', '--'))}")
-    shape = dict(obs_dim=dataset.states.shape[1], act_dim=dataset.actions.shape[1])
-    identity = dict(policy=type(kept["policy"]).__name__, env_id=args.env_id) | shape
+    directory = run_directory(args, script)
+    shape = dict(obs_dim=dataset.states.shape[1], act_dim=args.action_chunk * dataset.actions.shape[1])
+    identity = dict(policy_class=type(kept["policy"]).__name__, env_id=args.env_id) | shape
     if args.policy_checkpoint and not args.resume:
         loaded = {name: kept[name] for name in ("policy_ema", "normalizer") if name in kept}
         load_checkpoint(args.policy_checkpoint, "--policy-checkpoint", args, identity, **loaded)
@@ -661,14 +796,29 @@ def open_run(args, script, generator, dataset, kept):
     return directory, counters, log, checkpoint
 
 
+def run_directory(args, script):
+    """--resume, --run-dir, or a new folder in runs/ that no other run has. Raises InputError."""
+    if args.resume or args.run_dir:
+        return Path(args.resume or args.run_dir)
+    name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%y%m%d-%H%M%S')}"
+    name = name.translate(str.maketrans("/:", "--"))
+    for number in itertools.count(1):
+        directory = Path("runs", name if number == 1 else f"{name}-{number}")
+        with writing(directory), contextlib.suppress(FileExistsError):
+            directory.mkdir(parents=True)
+            return directory
+
+
 def begin(directory, counters, log, checkpoint, args):
     """Make the run's folder with config.json, metrics.csv and a checkpoint, or go on in it; print the flags.
 
     Raises InputError where a run is there that was not asked for.
     """
-    if not args.resume and (directory / "metrics.csv").exists():
+    if not args.resume and checkpoint.path.exists():
         raise InputError(f"--run-dir {directory}: holds a run; expected a new folder, or --resume to go on")
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory / "config.json"):
+        directory.mkdir(parents=True, exist_ok=True)
+    checkpoint.lock()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
     config = {**vars(args), **checkpoint.identity, "python": sys.version.split()[0], **versions}
     replace_file(directory / "config.json", json.dumps(config, indent=2))
@@ -690,7 +840,7 @@ class RunArgs:
     env_id: str = "pointmaze-umaze-play"  # also antmaze-*-v2, kitchen-*-v0, metaworld-*, minari:*, any gymnasium id
     dataset_path: str | None = None  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
-    seed: int = 0  # of everything random but the embedded data
+    seed: int = 0  # of everything random but the embedded data; numpy's and Python's global generators get it too
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     num_threads: int = 0  # CPU threads of torch; 0: all cores. Small networks are fastest with 1
     compile: bool = False  # torch.compile the critic's and the policy's update
@@ -723,7 +873,7 @@ def family(env_id):
 
 # Flags that are numbers are at least 0, but for these; a policy checks its own.
 AT_LEAST_1 = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "critic_utd"}
-AT_LEAST_1 |= {"eval_every", "log_every"}
+AT_LEAST_1 |= {"eval_every", "log_every", "action_chunk"}
 AT_MOST = {"target_rate": 1, "policy_ema_rate": 1, "offline_ratio": 1, "discount": 1 - 1e-6}
 ANY_SIGN = {"reward_scale", "reward_bias", "q_min", "q_max"}
 
@@ -772,7 +922,9 @@ def main(train, args_class, presets, description):
             defaults |= {"online_steps": None, "online_episodes": None}
         args = tyro.cli(args_class, default=args_class(**defaults), description=description)
         if args.dataset_path:
-            args.dataset_path = str(Path(args.dataset_path).resolve())  # so that --resume works from any folder
+            args.dataset_path = str(
+                Path(args.dataset_path).expanduser().resolve()
+            )  # so that --resume works from any folder
         train(args)
     except (InputError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

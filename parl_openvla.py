@@ -93,6 +93,7 @@ class Args(common.RunArgs):
     reward_scale: float = 1.0  # what is learned from is reward * scale + bias
     reward_bias: float = -1.0  # see --reward-scale
     sparse_reward: bool = True  # success ends the episode and alone pays, 1; --no-sparse-reward: the environment's
+    action_chunk = 1  # no flag: OpenVLA's tokens are one action, so a decision covers one environment step here
     # critic
     target_rate: float = 0.005  # share of the critic that enters its target per update
     critic_lr: float = 3e-4  # Adam
@@ -1033,7 +1034,8 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
     # TD: the target critic values the action that the online critic chose; all members learn it
     with torch.no_grad():
         next_q, _ = target_critic(batch["next_obs"], batch["next_policy_actions"][:, None], td_members)  # (2, B, 1)
-        target = batch["rewards"] + args.discount * batch["masks"] * next_q[..., 0].min(0).values  # (B,)
+        discount = args.discount**args.action_chunk
+        target = batch["rewards"] + discount * batch["masks"] * next_q[..., 0].min(0).values  # (B,)
     q_data, logits = critic(obs, actions[:, None])  # (E, B, 1), (E, B, 1, bins)
     q_data = q_data[..., 0]  # (E, B)
     if logits is None:
@@ -1067,8 +1069,10 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
 
 @torch.no_grad()
 def move_average(average, network, rate):
-    """average <- (1 - rate) * average + rate * network, in place."""
+    """average <- (1 - rate) * average + rate * network, in place; buffers (a BatchNorm's means) as they are."""
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), rate)
+    for own, new in zip(average.buffers(), network.buffers(), strict=True):
+        own.copy_(new)
 
 
 def random_shift(images, args):
@@ -1087,6 +1091,8 @@ def update_critic(critic, target_critic, optimizer, batch, samples, args):
 
     NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
     """
+    for group in optimizer.param_groups:
+        group["lr"] = args.critic_lr
     images, next_images = random_shift(batch["obs"], args), random_shift(batch["next_obs"], args)
     obs = critic.encode(images)  # (B, O); the encoder learns from the losses at obs
     with torch.no_grad():
@@ -1163,7 +1169,7 @@ def train(args: Args) -> Path:
         eval_envs = [PolicyUnits(one, policy, *envs.action_bounds(one)) for one in eval_envs]
         env = eval_envs[0]
         dataset.actions = env.reverse_action(dataset.actions)
-    q_min, q_max = value_range(dataset.rewards[: len(dataset)], args)
+    q_min, q_max = value_range(common.step_rewards(dataset, args), args)
     args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
 
     # What learns; the run's folder; where the run is, what it logs, what it keeps
@@ -1296,8 +1302,9 @@ class Agent:
         """num_offline transitions of the dataset and others collected online, --batch-size in all."""
         num_online = self.args.batch_size - num_offline
         batch = common.sample_both(self.dataset, self.online, num_offline, num_online, self.generator)
-        batch["state_rows"][num_offline:] += self.dataset.num_states
-        return {name: value if name == "state_rows" else value.to(self.device) for name, value in batch.items()}
+        for rows in (batch["state_rows"], batch["next_state_rows"]):
+            rows[num_offline:] += self.dataset.num_states
+        return {name: value if name.endswith("_rows") else value.to(self.device) for name, value in batch.items()}
 
     def clone(self, lr):
         """One step of the policy towards the dataset's actions."""
@@ -1326,8 +1333,7 @@ class Agent:
     def improve_critic(self, num_offline):
         """One critic update, on samples from the store."""
         batch = self.draw_batch(num_offline)
-        rows = batch["state_rows"]  # a state's next one is in the row after it
-        samples = self.samples_at(torch.cat([rows, rows + 1]))
+        samples = self.samples_at(torch.cat([batch["state_rows"], batch["next_state_rows"]]))
         self.latest = batch["obs"], samples[: self.args.batch_size]
         return self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
 
@@ -1356,8 +1362,10 @@ class Agent:
         paid = episode["rewards"]
         if self.args.sparse_reward:  # success, at the end of the episode, is the only reward
             paid = np.float32(np.arange(1, len(paid) + 1) == len(paid)) * episode["success"]
-        rewards = paid * self.args.reward_scale + self.args.reward_bias
-        returns = common.mc_returns(rewards, episode["masks"], self.args.discount, self.args.sparse_reward)
+        rewards, discount = paid * self.args.reward_scale + self.args.reward_bias, self.args.discount
+        returns = common.mc_returns(rewards, episode["masks"], discount, self.args.sparse_reward)
+        if self.args.sparse_reward:
+            rewards = common.endless_failure(rewards, episode["masks"], discount)
         self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
         self.store.grow(self.dataset.num_states + self.online.num_states)
         return episode

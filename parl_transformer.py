@@ -23,6 +23,7 @@ episode with optimised actions, distil, update the critic). The algorithm asks t
     E       ensemble_size        critics, a batch dimension
     n       cql_n_actions        uniform actions in the CQL term, and the weight of each policy action there
     gamma   discount             per environment step
+    h       action_chunk         environment steps that one decision covers: to the algorithm, one longer action
 
 Shapes: B batch of states, O observation dimension, A action dimension, N any number of actions per state, bins of the
 value distribution.
@@ -66,6 +67,7 @@ class Args(common.RunArgs):
     reward_scale: float = 1.0  # what is learned from is reward * scale + bias
     reward_bias: float = 0.0  # see --reward-scale
     sparse_reward: bool = False  # each step costs until success, which pays 0 and ends the episode
+    action_chunk: int = 1  # steps that one decision of the policy covers (h); its actions are of h * A dimensions
     # critic
     target_rate: float = 0.005  # share of the critic that enters its target per update
     critic_lr: float = 3e-4  # Adam
@@ -480,8 +482,7 @@ class SampleCache:
         """(2B, K, A), at the batch's obs and next_obs."""
         if self.actions is None:
             return draw_samples(self.policy, batch, self.num_samples)
-        rows = batch["state_rows"]  # a state's next one is in the row after it
-        return self.actions[torch.cat([rows, rows + 1])].float()
+        return self.actions[torch.cat([batch["state_rows"], batch["next_state_rows"]])].float()
 
 
 def draw_samples(policy, batch, num_samples):
@@ -514,7 +515,8 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
     # TD: the target critic values the action that the online critic chose; all members learn it
     with torch.no_grad():
         next_q, _ = target_critic(batch["next_obs"], batch["next_policy_actions"][:, None], td_members)  # (2, B, 1)
-        target = batch["rewards"] + args.discount * batch["masks"] * next_q[..., 0].min(0).values  # (B,)
+        discount = args.discount**args.action_chunk
+        target = batch["rewards"] + discount * batch["masks"] * next_q[..., 0].min(0).values  # (B,)
     q_data, logits = critic(obs, actions[:, None])  # (E, B, 1), (E, B, 1, bins)
     q_data = q_data[..., 0]  # (E, B)
     if logits is None:
@@ -548,8 +550,10 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
 
 @torch.no_grad()
 def move_average(average, network, rate):
-    """average <- (1 - rate) * average + rate * network, in place."""
+    """average <- (1 - rate) * average + rate * network, in place; buffers (a BatchNorm's means) as they are."""
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), rate)
+    for own, new in zip(average.buffers(), network.buffers(), strict=True):
+        own.copy_(new)
 
 
 def update_critic(critic, target_critic, optimizer, batch, samples, args):
@@ -557,6 +561,8 @@ def update_critic(critic, target_critic, optimizer, batch, samples, args):
 
     NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
     """
+    for group in optimizer.param_groups:
+        group["lr"] = args.critic_lr
     optimizer.zero_grad()
     actions, q = optimize_actions(critic, torch.cat([batch["obs"], batch["next_obs"]]), samples, args)
     policy_actions, next_policy_actions = choose(actions, q).chunk(2)
@@ -600,18 +606,18 @@ def train(args: Args) -> Path:
     import envs
 
     eval_envs = [envs.make(args.env_id, args.sparse_reward, args.capture_video) for _ in range(common.num_envs(args))]
-    env, obs_dim, act_dim = eval_envs[0], *eval_envs[0].observation_space.shape, *eval_envs[0].action_space.shape
+    env, (obs_dim,), (act_dim,) = eval_envs[0], eval_envs[0].observation_space.shape, eval_envs[0].action_space.shape
     if (args.bc_steps or args.offline_ratio) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
         dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
     else:
         dataset = common.ReplayBuffer(obs_dim, act_dim)
         args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # nothing to learn from yet
-    q_min, q_max = value_range(dataset.rewards[: len(dataset)], args)
+    q_min, q_max = value_range(common.step_rewards(dataset, args), args)
     args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
 
     # What learns; the run's folder; where the run is, what it logs, what it keeps
-    agent = Agent(dataset, obs_dim, act_dim, args, device, generator)
+    agent = Agent(dataset, obs_dim, args.action_chunk * act_dim, args, device, generator)
     run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
     directory, counters, log, checkpoint = run
     evaluate = common.evaluation(eval_envs, agent, counters, directory, args)
@@ -680,7 +686,7 @@ class Agent:
     """What learns and what it learns from: policy, critic, their averages and optimisers, normaliser, both buffers."""
 
     def __init__(self, dataset, obs_dim, act_dim, args, device, generator):
-        self.dataset, self.online = dataset, common.ReplayBuffer(obs_dim, act_dim)
+        self.dataset, self.online = dataset, common.ReplayBuffer(obs_dim, act_dim // args.action_chunk)
         self.args, self.device, self.generator = args, device, generator
         states = dataset.states[: dataset.num_states if args.normalize_obs else 0]
         # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
@@ -701,8 +707,8 @@ class Agent:
 
     def draw_batch(self, num_offline):
         """num_offline transitions of the dataset and others collected online, --batch-size in all; obs normalised."""
-        num_online = self.args.batch_size - num_offline
-        batch = common.sample_both(self.dataset, self.online, num_offline, num_online, self.generator)
+        sizes, chunk = (num_offline, self.args.batch_size - num_offline), (self.args.action_chunk, self.args.discount)
+        batch = common.sample_both(self.dataset, self.online, *sizes, self.generator, *chunk)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         return {**batch, "obs": self.normalizer(batch["obs"]), "next_obs": self.normalizer(batch["next_obs"])}
 
@@ -750,8 +756,10 @@ class Agent:
 
     def remember(self, episode):
         """Add an episode of common.run_episodes to the online buffer. Returns its length."""
-        rewards = episode["rewards"] * self.args.reward_scale + self.args.reward_bias
-        returns = common.mc_returns(rewards, episode["masks"], self.args.discount, self.args.sparse_reward)
+        rewards, discount = episode["rewards"] * self.args.reward_scale + self.args.reward_bias, self.args.discount
+        returns = common.mc_returns(rewards, episode["masks"], discount, self.args.sparse_reward)
+        if self.args.sparse_reward:
+            rewards = common.endless_failure(rewards, episode["masks"], discount)
         self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
         return len(rewards)
 
