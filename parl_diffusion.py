@@ -29,7 +29,8 @@ Shapes: B batch of states, O observation dimension, A action dimension, N any nu
 value distribution.
 
 The policy here is a denoising diffusion model over actions (DDPM, Ho et al., 2020): a residual network predicts the
-noise in a noisy action; sampling removes it in `diffusion_steps` steps.
+noise in a noisy action; sampling removes it in `diffusion_steps` steps. With `--objective flow` it is a flow (Lipman et
+al., 2023): the network predicts the way from noise to action, and sampling walks it in as many steps.
 
     python parl_diffusion.py    # pointmaze-umaze-play: to 100 % success in minutes on a laptop CPU; see README.md
 """
@@ -100,7 +101,8 @@ class Args(common.RunArgs):
     width: int = 256  # of the residual stream
     num_layers: int = 3  # residual blocks
     dropout: float = 0.1  # in each block, while training
-    diffusion_steps: int = 5  # denoising steps
+    objective: Literal["ddpm", "flow"] = "ddpm"  # predict the noise in an action, or the way from noise to action
+    diffusion_steps: int = 5  # denoising steps; of --objective flow, Euler steps
 
 
 SMALL = dict(  # sizes for a laptop's CPU
@@ -168,13 +170,19 @@ class ResidualBlock(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """DDPM over actions given the observation, clipped to [-1, 1] after every reverse step."""
+    """From noise to an action, given the observation.
 
-    fixed_flags = ("width", "num_layers", "diffusion_steps")  # of a checkpoint: its weights mean nothing with others
+    --objective ddpm: the network predicts the noise, and each of `diffusion_steps` steps removes some of it.
+    --objective flow: the straight path from noise to action, x_t = (1 - t) noise + t action, has the velocity action -
+    noise. The network predicts it, on average over all that pass x_t; `diffusion_steps` Euler steps follow it.
+    """
+
+    # of a checkpoint: its weights mean nothing with others
+    fixed_flags = ("objective", "width", "num_layers", "diffusion_steps")
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
-        self.act_dim = act_dim
+        self.act_dim, self.num_steps, self.flow = act_dim, args.diffusion_steps, args.objective == "flow"
         for name in ("num_layers", "diffusion_steps"):
             common.check_flag(args, name, 1)
         common.check_flag(args, "dropout", 0, 1)
@@ -193,7 +201,10 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("alpha_bars", torch.cumprod(1 - betas, 0), persistent=False)
 
     def predict_noise(self, obs, noisy_actions, steps):
-        """obs (..., O), noisy_actions (..., A), steps (..., 1) in 0 .. diffusion_steps - 1 -> noise (..., A)."""
+        """obs (..., O), noisy_actions (..., A), steps (..., 1) in 0 .. diffusion_steps - 1 -> noise (..., A).
+
+        Of a flow: steps (..., 1) are times in [0, 1] -> velocity (..., A).
+        """
         angles = 2 * math.pi * steps.float() @ self.fourier.T  # (..., width / 4)
         features = torch.cat([angles.cos(), angles.sin()], -1)  # (..., width / 2), of the step alone
         features = self.time_contract(F.silu(self.time_expand(features)))
@@ -204,20 +215,21 @@ class DiffusionPolicy(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs, num_samples, seeds=None):
-        """obs (B, O) -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i].
+        """obs (B, O) -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i]."""
+        shape = (len(obs), 1 if self.flow else self.num_steps, num_samples, self.act_dim)
+        noise = common.seeded_normal(shape, seeds, obs.device)
+        states = 2**20 // (num_samples * self.blocks[0].expand.out_features)  # at once: a hidden layer of 4 MB
+        follow = self.integrate if self.flow else self.denoise
+        return torch.cat([follow(*part) for part in common.cache_sized(states, obs, noise)])
+
+    def denoise(self, obs, noise):
+        """DDPM, algorithm 2: obs (B, O), noise (B, diffusion_steps, K, A) -> actions (B, K, A).
 
         NOTE(differs): actions are clipped after every reverse step, not only the last (as in the released code).
         """
-        shape = (len(obs), len(self.betas), num_samples, self.act_dim)
-        noise = common.seeded_normal(shape, seeds, obs.device)
-        states = 2**20 // (num_samples * self.blocks[0].expand.out_features)  # at once: a hidden layer of 4 MB
-        return torch.cat([self.denoise(*part) for part in common.cache_sized(states, obs, noise)])
-
-    def denoise(self, obs, noise):
-        """DDPM, algorithm 2: obs (B, O), noise (B, diffusion_steps, K, A) -> actions (B, K, A)."""
         actions, *fresh_noise = noise.unbind(1)  # each (B, K, A): where to begin, and what every step but the last adds
         obs = obs[:, None].expand(-1, actions.shape[1], -1)  # (B, K, O)
-        for step in reversed(range(len(self.betas))):
+        for step in reversed(range(self.num_steps)):
             beta, alpha, alpha_bar = self.betas[step], self.alphas[step], self.alpha_bars[step]
             predicted = self.predict_noise(obs, actions, torch.full((1,), step, device=obs.device))
             actions = (actions - (1 - alpha) / (1 - alpha_bar).sqrt() * predicted) / alpha.sqrt()
@@ -226,18 +238,34 @@ class DiffusionPolicy(nn.Module):
             actions = actions.clamp(-1, 1)
         return actions
 
-    def loss(self, obs, actions, steps=None, noise=None):
-        """Squared error of the predicted noise (DDPM, algorithm 1), summed over A, averaged over B.
+    def integrate(self, obs, noise):
+        """Euler steps along a flow, from t = 0 to 1: obs (B, O), noise (B, 1, K, A) -> actions (B, K, A)."""
+        actions = noise[:, 0]  # (B, K, A), where to begin; nothing is added later
+        obs = obs[:, None].expand(-1, actions.shape[1], -1)  # (B, K, O)
+        for step in range(self.num_steps):
+            time = torch.full((1,), step / self.num_steps, device=obs.device)
+            actions = actions + self.predict_noise(obs, actions, time) / self.num_steps
+        return actions.clamp(-1, 1)
 
-        obs (B, O), actions (B, A) -> scalar. steps (B, 1) and noise (B, A) inject the draws.
+    def loss(self, obs, actions, steps=None, noise=None):
+        """Squared error, summed over A, averaged over B: of the predicted noise (DDPM, algorithm 1), or of the predicted
+        velocity of a flow (Lipman et al., 2023, eq. 23 with sigma_min = 0).
+
+        obs (B, O), actions (B, A) -> scalar. steps (B, 1), or a flow's times, and noise (B, A) inject the draws.
         NOTE(differs): the loss is summed over action dimensions before it is averaged (as in the released code).
         """
         if steps is None:
-            steps = torch.randint(len(self.betas), (len(obs), 1), device=obs.device)
+            if self.flow:
+                steps = torch.rand(len(obs), 1, device=obs.device)
+            else:
+                steps = torch.randint(self.num_steps, (len(obs), 1), device=obs.device)
             noise = torch.randn_like(actions)
-        alpha_bar = self.alpha_bars[steps]  # (B, 1)
-        noisy_actions = alpha_bar.sqrt() * actions + (1 - alpha_bar).sqrt() * noise
-        return (self.predict_noise(obs, noisy_actions, steps) - noise).square().sum(-1).mean()
+        if self.flow:
+            noisy_actions, target = (1 - steps) * noise + steps * actions, actions - noise
+        else:
+            alpha_bar = self.alpha_bars[steps]  # (B, 1)
+            noisy_actions, target = alpha_bar.sqrt() * actions + (1 - alpha_bar).sqrt() * noise, noise
+        return (self.predict_noise(obs, noisy_actions, steps) - target).square().sum(-1).mean()
 
 
 # ======================================== CRITIC ========================================
@@ -422,9 +450,9 @@ class SampleCache:
     NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
     """
 
-    def __init__(self, policy, states, args):
+    def __init__(self, policy, states, act_dim, args):
         self.policy, self.num_samples, self.actions = policy, args.num_samples, None
-        gigabytes = 2e-9 * len(states) * args.num_samples * policy.act_dim
+        gigabytes = 2e-9 * len(states) * args.num_samples * act_dim
         if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
             return
         with torch.random.fork_rng():
@@ -642,7 +670,7 @@ class Agent:
 
     def __init__(self, dataset, obs_dim, act_dim, args, device, generator):
         self.dataset, self.online = dataset, common.ReplayBuffer(obs_dim, act_dim // args.action_chunk)
-        self.args, self.device, self.generator = args, device, generator
+        self.act_dim, self.args, self.device, self.generator = act_dim, args, device, generator
         states = dataset.states[: dataset.num_states if args.normalize_obs else 0]
         # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
         self.normalizer = common.Normalizer(obs_dim, states).to(device)
@@ -691,7 +719,8 @@ class Agent:
         return self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
 
     def cache_samples(self):
-        return SampleCache(self.policy_ema, self.normalized(self.dataset.states[: self.dataset.num_states]), self.args)
+        states = self.normalized(self.dataset.states[: self.dataset.num_states])
+        return SampleCache(self.policy_ema, states, self.act_dim, self.args)
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""

@@ -359,9 +359,9 @@ class SampleCache:
     NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
     """
 
-    def __init__(self, policy, states, args):
+    def __init__(self, policy, states, act_dim, args):
         self.policy, self.num_samples, self.actions = policy, args.num_samples, None
-        gigabytes = 2e-9 * len(states) * args.num_samples * policy.act_dim
+        gigabytes = 2e-9 * len(states) * args.num_samples * act_dim
         if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
             return
         with torch.random.fork_rng():
@@ -579,7 +579,7 @@ class Agent:
 
     def __init__(self, dataset, obs_dim, act_dim, args, device, generator):
         self.dataset, self.online = dataset, common.ReplayBuffer(obs_dim, act_dim // args.action_chunk)
-        self.args, self.device, self.generator = args, device, generator
+        self.act_dim, self.args, self.device, self.generator = act_dim, args, device, generator
         states = dataset.states[: dataset.num_states if args.normalize_obs else 0]
         # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
         self.normalizer = common.Normalizer(obs_dim, states).to(device)
@@ -628,7 +628,8 @@ class Agent:
         return self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
 
     def cache_samples(self):
-        return SampleCache(self.policy_ema, self.normalized(self.dataset.states[: self.dataset.num_states]), self.args)
+        states = self.normalized(self.dataset.states[: self.dataset.num_states])
+        return SampleCache(self.policy_ema, states, self.act_dim, self.args)
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""
