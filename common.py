@@ -353,28 +353,26 @@ def evaluate(envs, act, num_episodes, prefix="eval/"):
     means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
     means |= {"return": np.mean([e["rewards"].sum() for e in episodes])}
     means |= {"steps_to_goal": np.mean(lengths[True])} if lengths[True] else {}
-    if prefix == "eval/" and envs[0].has_wrapper_attr("normalized_score"):
+    if envs[0].has_wrapper_attr("normalized_score"):
         score = envs[0].get_wrapper_attr("normalized_score")  # D4RL's, in percent, of an episode's rewards
         means |= {"normalized_score": np.mean([score(e["rewards"]) for e in episodes])}
     return {prefix + name: float(value) for name, value in means.items()}
 
 
-def evaluation(envs, agent, counters, directory, args):
-    """evaluate() -> the eval columns of a row: the raw policy and, once there is a critic, the optimised one. agent has
-    act_raw and act, see `run_episodes`. With --capture-video it leaves three episodes of the better of them."""
+def evaluate_agent(envs, agent, run, args, guard=lambda act: act):
+    """The eval columns of a row: of the raw policy and, once there is a critic, of the optimised one.
 
-    def evaluate_both():
-        row = evaluate(envs, agent.act_raw, args.num_eval_episodes, "eval/policy_")
-        has_critic = counters.phase != "bc"
-        if has_critic:
-            row |= evaluate(envs, agent.act, args.num_eval_episodes, "eval/")
-        if args.capture_video:
-            folder = directory / "videos" / f"{counters.phase}-{counters.gradient_step}"
-            actor = agent.act if has_critic else agent.act_raw
-            run_episodes(envs[:3], actor, EVALUATION_SEED + np.arange(3), video_dir=folder)
-        return row
-
-    return evaluate_both
+    agent: has act_raw and act, see `run_episodes`; guard(act): what is called in its place. With --capture-video three
+    episodes of the better of them are left in the run's folder.
+    """
+    row = evaluate(envs, guard(agent.act_raw), args.num_eval_episodes, "eval/policy_")
+    if has_critic := run.counters.phase != "bc":
+        row |= evaluate(envs, guard(agent.act), args.num_eval_episodes, "eval/")
+    if args.capture_video:
+        folder = run.directory / "videos" / f"{run.counters.phase}-{run.counters.gradient_step}"
+        actor = guard(agent.act if has_critic else agent.act_raw)
+        run_episodes(envs[:3], actor, EVALUATION_SEED + np.arange(3), video_dir=folder)
+    return row
 
 
 def max_env_steps(env, args):
@@ -402,36 +400,49 @@ class Counters:
         self.args, self.quiet = args, quiet
         self.phase, self.done, self.seconds = "bc", collections.Counter(), collections.Counter()
         self.gradient_step = self.env_step = self.episode = self.successes = 0
-        self.before, self.is_last = 0, False  # the phase's steps before this one; is it the phase's last?
+        self.before, self.is_last = 0, True  # the phase's steps before this one; is it the phase's last?
+        self.collected, self.updated = (
+            {},
+            {},
+        )  # the columns of an online episode whose updates go on; those done of each
+        clones = args.bc_steps and not args.policy_checkpoint
+        self.owes_evaluation = bool(args.num_eval_episodes and not clones)  # of the policy that it starts from
 
     def steps(self, phase, num_steps):
         """The indices of the gradient steps of `phase` that are left, with a progress bar."""
-        with self.bar(phase, num_steps) as bar:
+        with Progress(phase, self.done[phase], num_steps, self.quiet) as progress:
             while self.done[phase] < num_steps:
                 self.phase, self.before = phase, self.done[phase]
                 self.done[phase], self.gradient_step = self.before + 1, self.gradient_step + 1
                 self.is_last = self.done[phase] == num_steps
                 yield self.before
-                bar.update()
+                progress.reach(self.done[phase])
 
     def episodes(self):
-        """The online episodes that are left, as seeds for their resets; the loop's body tells `add_episode` of each."""
-        with self.bar("online", self.args.online_steps) as bar:
-            while not self.is_enough():
+        """The online episodes that are left, as seeds for their resets. The loop's body collects one, unless it was
+        `collected` before the run was stopped, and ends with `end_episode`."""
+        with Progress("online", self.env_step, self.args.online_steps, self.quiet) as progress:
+            while self.collected or not self.is_enough():
                 self.phase, self.before = "online", self.done["online"]
                 yield reset_seed(self.args.seed, 3, self.episode)
-                bar.update(self.env_step - self.before)
+                progress.reach(self.env_step)
 
     def is_enough(self):
         limits = ((self.env_step, self.args.online_steps), (self.episode, self.args.online_episodes))
         return any(limit is not None and number >= limit for number, limit in limits)
 
-    def add_episode(self, episode, num_updates):
-        """Count an online episode and the critic updates that followed it. Returns its columns of metrics.csv."""
-        columns, length = episode_columns(episode), len(episode["rewards"])
+    def updates(self, name, number):
+        """The indices of the updates after an episode that are left; before each, a checkpoint can be taken."""
+        for index in range(self.updated.get(name, 0), number):
+            yield index
+            self.updated[name] = index + 1
+
+    def end_episode(self, num_updates):
+        """Count the episode that was collected and the critic updates that followed. Returns its columns."""
+        columns, self.collected, self.updated = self.collected, {}, {}
         self.gradient_step, self.episode = self.gradient_step + num_updates, self.episode + 1
-        self.env_step = self.done["online"] = self.env_step + length
-        self.successes += int(episode["success"])
+        self.env_step = self.done["online"] = self.env_step + int(columns["train/length"])
+        self.successes += int(columns["train/success"])
         self.is_last = self.is_enough()
         return columns | {"train/regret": 1 - self.successes / self.episode}
 
@@ -439,19 +450,46 @@ class Counters:
         """Has the phase gone past a multiple of `every` steps (online: of the environment), or ended?"""
         return self.is_last or self.before // every < self.done[self.phase] // every
 
-    def bar(self, name, total):
-        from tqdm import tqdm
-
-        return tqdm(total=total, initial=self.done[name], desc=name, disable=self.quiet or None)
-
     def state_dict(self):
-        names = ("phase", "gradient_step", "env_step", "episode", "successes")
-        counts = {name: getattr(self, name) for name in names}
-        return counts | {"done": dict(self.done), "seconds": dict(self.seconds)}
+        state = {name: value for name, value in vars(self).items() if name not in ("args", "quiet")}
+        return state | {"done": dict(self.done), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state):
-        for name, value in state.items():
-            setattr(self, name, collections.Counter(value) if isinstance(value, dict) else value)
+        vars(self).update(state)
+        self.done, self.seconds = collections.Counter(self.done), collections.Counter(self.seconds)
+
+
+class Progress:
+    """A progress bar where there is a terminal, else a line every three minutes; soon after its start, what is left.
+
+    total: None where it is not known.
+    """
+
+    def __init__(self, name, initial, total, quiet):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, initial=initial, desc=name, disable=quiet or None)
+        self.name, self.initial, self.total, self.quiet = name, initial, total, quiet
+        self.began = self.last_line = time.perf_counter()
+        self.has_estimate = quiet or total is None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def reach(self, number):
+        self.bar.update(number - self.bar.n if not self.bar.disable else 0)
+        now, done = time.perf_counter(), number - self.initial
+        if not self.has_estimate and done >= 20:
+            minutes = (now - self.began) / done * (self.total - number) / 60
+            if minutes > 1:
+                print_past_bars(f"{self.name}: about {minutes:.0f} minutes for {self.total} steps, without evaluations")
+            self.has_estimate = True
+        if self.bar.disable and not self.quiet and now - self.last_line > 180:
+            print(f"{self.name}: {number} of {self.total or 'unknown'} steps", flush=True)
+            self.last_line = now
 
 
 def episode_columns(episode):
@@ -463,6 +501,7 @@ COLUMNS = """
     phase gradient_step env_step episode
     eval/success_rate eval/return eval/length eval/steps_to_goal eval/normalized_score
     eval/policy_success_rate eval/policy_return eval/policy_length eval/policy_steps_to_goal
+    eval/policy_normalized_score
     train/return train/success train/length train/regret
     critic/loss critic/td_loss critic/cql_loss critic/q_data critic/q_policy critic/q_minus_mc critic/calibration_rate
     policy/bc_loss policy/distill_loss
@@ -753,13 +792,14 @@ def writing(path):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask the run to stop, which it does after the update in progress; a second one does not wait.
+    """Ctrl-C and SIGTERM ask the run to stop: after the update in progress, before the next command of an evaluation or
+    of an online episode, which is then dropped. A second one does not wait.
 
     `asked`: the signal's name, or None.
     """
 
-    def __init__(self):
-        self.asked = None
+    def __init__(self, log):
+        self.log, self.asked = log, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -767,18 +807,40 @@ class StopSignal:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
-        after = "the update or evaluation in progress; again: at once"
-        print(f"{self.asked}: stopping after {after}", file=sys.stderr)
+        print(f"{self.asked}: stopping after the update in progress; again: at once", file=sys.stderr)
 
-    def leave(self, log):
-        log.finish()
-        print(f"stopped by {self.asked}; to go on: --resume {log.directory}")
-        sys.exit(0)
+    def before(self, act):
+        """act, see `run_episodes`, but that it leaves where it was asked to stop."""
+
+        def checked(obs, keys):
+            if self.asked:
+                self.leave("; the episode in progress is dropped")
+            return act(obs, keys)
+
+        return checked
+
+    def leave(self, dropped=""):
+        """Exit with the status of a process that the signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
+        self.log.finish()
+        print(f"stopped by {self.asked}{dropped}; to go on: the same command, or --resume {self.log.directory}")
+        sys.exit(128 + signal.Signals[self.asked])
+
+
+@dataclass
+class Run:
+    """The folder of a run, where it is, what it logs and what it keeps."""
+
+    directory: Path
+    counters: Counters
+    log: Log
+    checkpoint: Checkpoint
 
 
 def open_run(args, script, generator, dataset, kept):
-    """A run's directory, counters, log and checkpoint; with --policy-checkpoint or --resume what is `kept` is loaded.
-    Nothing is written yet. kept: see `Checkpoint`, the policy and its average among it."""
+    """The Run; with --policy-checkpoint or --resume what is `kept` is loaded. Nothing is written yet.
+
+    kept: see `Checkpoint`, the policy and its average among it. Raises InputError.
+    """
     directory = run_directory(args, script)
     shape = dict(obs_dim=dataset.states.shape[1], act_dim=args.action_chunk * dataset.actions.shape[1])
     identity = dict(policy_class=type(kept["policy"]).__name__, env_id=args.env_id) | shape
@@ -793,7 +855,7 @@ def open_run(args, script, generator, dataset, kept):
     checkpoint = Checkpoint(directory, args, identity, generator, counters=counters, log=log, **kept)
     if args.resume:
         checkpoint.resume()
-    return directory, counters, log, checkpoint
+    return Run(directory, counters, log, checkpoint)
 
 
 def run_directory(args, script):
@@ -809,24 +871,24 @@ def run_directory(args, script):
             return directory
 
 
-def begin(directory, counters, log, checkpoint, args):
-    """Make the run's folder with config.json, metrics.csv and a checkpoint, or go on in it; print the flags.
-
-    Raises InputError where a run is there that was not asked for.
-    """
+def begin(run, args):
+    """Make the run's folder with config.json, metrics.csv and a checkpoint, or go on in it; print the flags."""
+    directory, checkpoint, command = run.directory, run.checkpoint, sys.argv[1:]
     if not args.resume and checkpoint.path.exists():
         raise InputError(f"--run-dir {directory}: holds a run; expected a new folder, or --resume to go on")
     with writing(directory / "config.json"):
         directory.mkdir(parents=True, exist_ok=True)
     checkpoint.lock()
+    if args.resume:
+        command = read_config(directory).get("command", command)  # that of its start
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
-    config = {**vars(args), **checkpoint.identity, "python": sys.version.split()[0], **versions}
+    config = {**vars(args), **checkpoint.identity, "python": sys.version.split()[0], **versions, "command": command}
     replace_file(directory / "config.json", json.dumps(config, indent=2))
     flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items())
     print(textwrap.fill(flags, 118, break_on_hyphens=False), flush=True)
     if args.resume:
-        print(f"resumed in phase {counters.phase} after {counters.gradient_step} updates")
-    log.open(config)
+        print(f"resumed in phase {run.counters.phase} after {run.counters.gradient_step} updates")
+    run.log.open(config)
     checkpoint.save()
 
 
@@ -904,27 +966,17 @@ def check_flag(args, name, least, most=math.inf):
 
 
 def main(train, args_class, presets, description):
-    """Parse the command line and train. A flag given wins over the run's that is resumed, or the family's preset."""
-    import tyro
+    """Parse the command line and train. A flag given wins over the run's that is resumed, or the family's preset.
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env-id", "--env_id", default=args_class.env_id)
-    first.add_argument("--resume", default="")
-    first.add_argument("--online-steps", "--online_steps")
-    first.add_argument("--online-episodes", "--online_episodes")
-    given, _ = first.parse_known_args()
+    The same command again, with the --run-dir of a run that was stopped, goes on with it.
+    """
     try:
-        if given.resume:
-            defaults = resumed_flags(given.resume, args_class)
-        else:
-            defaults = {"env_id": given.env_id, **presets.get(family(given.env_id), {})}
-        if given.online_steps or given.online_episodes:  # one that is given replaces the preset's other
-            defaults |= {"online_steps": None, "online_episodes": None}
-        args = tyro.cli(args_class, default=args_class(**defaults), description=description)
-        if args.dataset_path:
-            args.dataset_path = str(
-                Path(args.dataset_path).expanduser().resolve()
-            )  # so that --resume works from any folder
+        args = parse(sys.argv[1:], args_class, presets, description)
+        if args.run_dir and not args.resume and Path(args.run_dir, "checkpoint.pt").exists():
+            command = read_config(args.run_dir).get("command", [])
+            check_same_flags(args, parse(command, args_class, presets, description))
+            print(f"--run-dir {args.run_dir}: holds a run of this command, which goes on")
+            args.resume = args.run_dir
         train(args)
     except (InputError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
@@ -932,14 +984,55 @@ def main(train, args_class, presets, description):
         sys.exit(130)
 
 
-def resumed_flags(directory, args_class):
-    """The flags in a run's config.json, as a dict. Raises InputError where it is none of args_class's."""
-    config = Path(directory) / "config.json"
-    if not config.is_file():
+def parse(command, args_class, presets, description):
+    """A command line as an args_class."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env-id", "--env_id", default=args_class.env_id)
+    first.add_argument("--resume", default="")
+    first.add_argument("--online-steps", "--online_steps")
+    first.add_argument("--online-episodes", "--online_episodes")
+    given, _ = first.parse_known_args(command)
+    if given.resume:
+        defaults = resumed_flags(given.resume, args_class)
+    else:
+        defaults = {"env_id": given.env_id, **presets.get(family(given.env_id), {})}
+    if given.online_steps or given.online_episodes:  # one that is given replaces the preset's other
+        defaults |= {"online_steps": None, "online_episodes": None}
+    args = tyro.cli(args_class, args=command, default=args_class(**defaults), description=description)
+    if args.dataset_path:
+        args.dataset_path = str(Path(args.dataset_path).expanduser().resolve())  # so that --resume works anywhere
+    return args
+
+
+def check_same_flags(args, before):
+    """Raises InputError, naming the first flag in which a command differs from that of the run in its --run-dir."""
+    for name, value in vars(before).items():
+        if value != getattr(args, name):
+            flag = f"--{name.replace('_', '-')} is {value!r} there and {getattr(args, name)!r} here"
+            expected = (
+                f"expected the same flags to go on with it, a new folder, or --resume {args.run_dir} to change some"
+            )
+            raise InputError(f"--run-dir {args.run_dir}: holds a run; {flag}; {expected}")
+
+
+def read_config(directory):
+    """A run's config.json. Raises InputError where it has none."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
         raise InputError(f"--resume {directory}: no config.json there; expected the directory of a run")
     try:
-        saved = json.loads(config.read_text())
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"--resume {directory}: config.json cannot be read ({error})") from error
+
+
+def resumed_flags(directory, args_class):
+    """The flags in a run's config.json, as a dict. Raises InputError where it is none of args_class's."""
+    saved = read_config(directory)
+    try:
         flags = {field.name: saved[field.name] for field in dataclasses.fields(args_class)}
-    except (ValueError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise InputError(f"--resume {directory}: config.json is not one of this script's ({error})") from error
     return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}

@@ -508,27 +508,37 @@ def train(args: Args) -> Path:
     q_min, q_max = value_range(common.step_rewards(dataset, args), args)
     args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
 
-    # What learns; the run's folder; where the run is, what it logs, what it keeps
+    # What learns; where the run is, what it logs, what it keeps
     agent = Agent(dataset, obs_dim, args.action_chunk * act_dim, args, device, generator)
     run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
-    directory, counters, log, checkpoint = run
-    evaluate = common.evaluation(eval_envs, agent, counters, directory, args)
+    counters, log, checkpoint = run.counters, run.log, run.checkpoint
     if args.eval_only:
-        print(json.dumps(evaluate(), indent=2))
-        return directory
-    stop = common.StopSignal()
-    common.begin(*run, args)
+        print(json.dumps(common.evaluate_agent(eval_envs, agent, run, args), indent=2))
+        return run.directory
+    stop = common.StopSignal(log)
+    common.begin(run, args)
 
     def end_update(describe=dict):
         """What ends each update of phases 1 and 2, and each online episode: log, evaluate, save, stop if asked."""
-        evaluates = counters.due(args.eval_every)
+        evaluates, row = counters.due(args.eval_every), {}
         if evaluates or counters.due(args.log_every) or counters.phase == "online":
-            log.check_finite()
-            log.write(describe() | (evaluate() if evaluates else {}))
+            log.add(describe())
+            if evaluates:
+                counters.owes_evaluation = True
+                checkpoint.save()  # it can take long, and a run that is stopped in it goes on from here
+                row = common.evaluate_agent(eval_envs, agent, run, args, guard=stop.before)
+                counters.owes_evaluation = False
+            log.write(row)
             checkpoint.save()
+        stop_if_asked()
+
+    def stop_if_asked():
         if stop.asked:
             checkpoint.save()
-            stop.leave(log)
+            stop.leave()
+
+    if counters.owes_evaluation:  # of a policy that is not cloned here, or one in which the run was stopped
+        end_update()
 
     # Phase 1: behaviour cloning
     for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps):
@@ -555,23 +565,28 @@ def train(args: Args) -> Path:
         agent.policy_optimizer.state.clear()
         agent.critic_optimizer.state.clear()
     num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
-    explore = log.timed("time/act_ms")(agent.explore)
+    explore = stop.before(log.timed("time/act_ms")(agent.explore))
     for seed in counters.episodes():
-        (episode,) = common.run_episodes([env], explore, [seed])
-        length = agent.remember(episode)
+        if not counters.collected:  # else the run was stopped in this episode's updates
+            (episode,) = common.run_episodes([env], explore, [seed])
+            agent.remember(episode)
+            counters.collected = common.episode_columns(episode)
+        length = int(counters.collected["train/length"])
         share = len(dataset) / (len(dataset) + len(agent.online)) if args.offline_ratio else 0.0
         first = args.policy_utd * counters.env_step
-        for step in range(first, first + args.policy_utd * length):
+        for step in counters.updates("distillation", args.policy_utd * length):
+            stop_if_asked()
             with log.timed("time/distill_ms"):
-                lr = learning_rate(args.distill_lr, step, num_distill_steps, args)
+                lr = learning_rate(args.distill_lr, first + step, num_distill_steps, args)
                 log.add(agent.distill(math.floor(args.batch_size * share), lr))
-        for _ in range(args.critic_utd * length):
+        for _ in counters.updates("critic", args.critic_utd * length):
+            stop_if_asked()
             with log.timed("time/critic_ms"):
                 log.add(agent.improve_critic(math.floor(args.batch_size * args.offline_ratio)))
-        log.add(counters.add_episode(episode, args.critic_utd * length))
+        log.add(counters.end_episode(args.critic_utd * length))
         end_update(agent.describe)
     log.finish()
-    return directory
+    return run.directory
 
 
 class Agent:
@@ -648,13 +663,12 @@ class Agent:
         return self.act(obs, None)
 
     def remember(self, episode):
-        """Add an episode of common.run_episodes to the online buffer. Returns its length."""
+        """Add an episode of common.run_episodes to the online buffer."""
         rewards, discount = episode["rewards"] * self.args.reward_scale + self.args.reward_bias, self.args.discount
         returns = common.mc_returns(rewards, episode["masks"], discount, self.args.sparse_reward)
         if self.args.sparse_reward:
             rewards = common.endless_failure(rewards, episode["masks"], discount)
         self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
-        return len(rewards)
 
 
 if __name__ == "__main__":

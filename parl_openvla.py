@@ -1172,43 +1172,53 @@ def train(args: Args) -> Path:
     q_min, q_max = value_range(common.step_rewards(dataset, args), args)
     args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
 
-    # What learns; the run's folder; where the run is, what it logs, what it keeps
+    # What learns; where the run is, what it logs, what it keeps
     agent = Agent(dataset, policy, act_dim, args, device, generator)
     run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
-    directory, counters, log, checkpoint = run
+    counters, log, checkpoint = run.counters, run.log, run.checkpoint
     counters.quiet = rank > 0
-    evaluate = common.evaluation(eval_envs, agent, counters, directory, args) if rank == 0 else dict
     if args.eval_only:
         if rank == 0:
-            print(json.dumps(evaluate(), indent=2))
-        return directory
-    stop = common.StopSignal()
+            print(json.dumps(common.evaluate_agent(eval_envs, agent, run, args), indent=2))
+        return run.directory
+    stop = common.StopSignal(log)
     if rank == 0:
-        common.begin(*run, args)
+        common.begin(run, args)
 
     def end_update(describe=dict):
         """What ends each update of phases 1 and 2, and each episode: log, evaluate, save, stop if asked."""
-        evaluates = counters.due(args.eval_every) and counters.phase != "warmup"
+        evaluates, row = counters.due(args.eval_every) and counters.phase != "warmup", {}
         if evaluates or counters.due(args.log_every) or counters.phase in ("warmup", "online"):
+            log.add(describe())
+            if evaluates and rank == 0:
+                counters.owes_evaluation = True
+                checkpoint.save()  # it can take long, and a run that is stopped in it goes on from here
+                row = common.evaluate_agent(eval_envs, agent, run, args, guard=stop.before)
+                counters.owes_evaluation = False
             log.check_finite()
-            row = describe() | (evaluate() if evaluates else {})
             if rank == 0:
                 log.write(row)
                 checkpoint.save()
+        stop_if_asked()
+
+    def stop_if_asked():
         if from_rank_0(stop.asked):  # all ranks together
-            if rank > 0:
-                sys.exit(0)
-            checkpoint.save()
-            stop.leave(log)
+            if rank == 0:
+                checkpoint.save()
+                stop.leave()
+            sys.exit(0)
+
+    if counters.owes_evaluation:  # of a policy that is not cloned here, or one in which the run was stopped
+        end_update()
 
     # Phase 1: behaviour cloning, or trials of the policy as it is
     for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps):
         log.add(agent.clone(learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)))
         end_update()
+    explore_raw = stop.before(log.timed("time/act_ms")(agent.explore_raw))
     for index in range(counters.done["warmup"], args.warmup_episodes):
         counters.phase = "warmup"
-        with log.timed("time/act_ms"):
-            episode = agent.collect(env, agent.explore_raw, common.reset_seed(args.seed, 2, index))
+        episode = agent.collect(env, explore_raw, common.reset_seed(args.seed, 2, index))
         counters.done["warmup"] += 1
         log.add(common.episode_columns(episode))
         end_update()
@@ -1234,29 +1244,35 @@ def train(args: Args) -> Path:
         agent.critic_optimizer.state.clear()
         agent.store.version = int(args.offline_distill_steps > 0)
     num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
-    explore = log.timed("time/act_ms")(agent.explore)
+    explore = stop.before(log.timed("time/act_ms")(agent.explore))
     for seed in counters.episodes():
-        episode = agent.collect(env, explore, seed)
-        length = len(episode["rewards"])
+        if not counters.collected:  # else the run was stopped in this episode's updates
+            counters.collected = common.episode_columns(agent.collect(env, explore, seed))
+            if rank == 0:
+                checkpoint.save()  # a robot's episode is dearer than what it costs to keep
+        length = int(counters.collected["train/length"])
         share = len(dataset) / (len(dataset) + len(agent.online)) if args.offline_ratio else 0.0
         first = args.policy_utd * counters.env_step
-        for step in range(first, first + args.policy_utd * length):
+        for step in counters.updates("distillation", args.policy_utd * length):
+            stop_if_asked()
             with log.timed("time/distill_ms"):
-                lr = learning_rate(args.distill_lr, step, num_distill_steps, args)
+                lr = learning_rate(args.distill_lr, first + step, num_distill_steps, args)
                 log.add(agent.distill(math.floor(args.batch_size * share), lr))
-        agent.refresh_samples()
-        for _ in range(args.critic_utd * length):
+        for _ in counters.updates("samples", 1):
+            agent.refresh_samples()
+        for _ in counters.updates("critic", args.critic_utd * length):
+            stop_if_asked()
             with log.timed("time/critic_ms"):
                 log.add(agent.improve_critic(math.floor(args.batch_size * args.offline_ratio)))
-        log.add(counters.add_episode(episode, args.critic_utd * length))
+        log.add(counters.end_episode(args.critic_utd * length))
         end_update(agent.describe)
     if rank == 0:
         log.finish()
     if rank == 0 and policy.frozen():
-        save_adapters(agent.policy_ema, directory / "adapters.safetensors")
+        save_adapters(agent.policy_ema, run.directory / "adapters.safetensors")
     if num_ranks > 1:
         dist.destroy_process_group()
-    return directory
+    return run.directory
 
 
 class Agent:
