@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import fcntl
 import fnmatch
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -135,6 +136,26 @@ def endless_failure(rewards, masks, discount):
     if masks[-1] == 0 and rewards.max() < 0:
         rewards[-1] /= 1 - discount
     return rewards
+
+
+def learned_from(episode, args):
+    """The rewards (L,) that an online episode is learned from, scaled, and its returns-to-go (L,). episode: with raw
+    rewards and masks (L,). Raises InputError where --sparse-reward and a step pays more than 0."""
+    rewards = np.asarray(episode["rewards"]) * args.reward_scale + args.reward_bias
+    returns = mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
+    if not args.sparse_reward:
+        return rewards, returns
+    if rewards.max() > 0:
+        paid = f"a reward of {max(episode['rewards']):g} is {rewards.max():g} with --reward-scale and --reward-bias"
+        raise InputError(f"--sparse-reward: {paid}; expected success to pay 0, and all other steps less")
+    if episode["masks"][-1] == 0 and rewards.max() < 0:
+        warn_once("--sparse-reward: an episode ended in a failure, which counts as its last cost for ever")
+    return endless_failure(rewards, episode["masks"], args.discount), returns
+
+
+@functools.cache
+def warn_once(message):
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def step_rewards(buffer, args):
@@ -401,10 +422,8 @@ class Counters:
         self.phase, self.done, self.seconds = "bc", collections.Counter(), collections.Counter()
         self.gradient_step = self.env_step = self.episode = self.successes = 0
         self.before, self.is_last = 0, True  # the phase's steps before this one; is it the phase's last?
-        self.collected, self.updated = (
-            {},
-            {},
-        )  # the columns of an online episode whose updates go on; those done of each
+        self.collected = {}  # the columns of an online episode whose updates are not all done
+        self.updated = {}  # and how many of them are
         clones = args.bc_steps and not args.policy_checkpoint
         self.owes_evaluation = bool(args.num_eval_episodes and not clones)  # of the policy that it starts from
 
@@ -845,6 +864,7 @@ def open_run(args, script, generator, dataset, kept):
     shape = dict(obs_dim=dataset.states.shape[1], act_dim=args.action_chunk * dataset.actions.shape[1])
     identity = dict(policy_class=type(kept["policy"]).__name__, env_id=args.env_id) | shape
     if args.policy_checkpoint and not args.resume:
+        # NOTE(differs): --policy-checkpoint starts from the policy's running average (released: from its weights).
         loaded = {name: kept[name] for name in ("policy_ema", "normalizer") if name in kept}
         load_checkpoint(args.policy_checkpoint, "--policy-checkpoint", args, identity, **loaded)
         kept["policy"].load_state_dict(kept["policy_ema"].state_dict())
@@ -936,7 +956,7 @@ def family(env_id):
 # Flags that are numbers are at least 0, but for these; a policy checks its own.
 AT_LEAST_1 = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "critic_utd"}
 AT_LEAST_1 |= {"eval_every", "log_every", "action_chunk"}
-AT_MOST = {"target_rate": 1, "policy_ema_rate": 1, "offline_ratio": 1, "discount": 1 - 1e-6}
+AT_MOST = {"target_rate": 1, "critic_ema_rate": 1, "policy_ema_rate": 1, "offline_ratio": 1, "discount": 1 - 1e-6}
 ANY_SIGN = {"reward_scale", "reward_bias", "q_min", "q_max"}
 
 

@@ -16,6 +16,7 @@ episode with optimised actions, distil, update the critic). The algorithm asks t
     symbol  name                 meaning
     Q       critic               value of an action in a state: the mean of an ensemble of networks
     Q'      target_critic        its running average, which values the TD target
+            critic_ema           a slower one, with which PA-RL acts and distils
     K       num_samples          actions drawn from the policy per state
     M       num_keep             of which re-ranking keeps the best
     T       num_gradient_steps   local optimisation steps
@@ -71,6 +72,7 @@ class Args(common.RunArgs):
     # critic
     target_rate: float = 0.005  # share of the critic that enters its target per update
     critic_lr: float = 3e-4  # Adam
+    critic_ema_rate: float = 1.0  # share of the critic that enters the average that acts, per update; 1: no averaging
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of the critic's hidden layers
     ensemble_size: int = 10  # critics (E)
     critic_subset: int = 2  # members drawn for the TD target's minimum, and again for CQL
@@ -115,7 +117,8 @@ PRESETS = {
         hidden_dims=(128, 128), target_rate=0.02, cql_weight=0.1, width=64,
     ),
     "antmaze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
-    "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),  # pays 0 to 4 per step; no released value range
+    # NOTE(differs): kitchen's values reach down to -400, what its rewards can add up to (released: -100).
+    "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),  # pays 0 to 4 per step
     "metaworld": SMALL | dict(
         sparse_reward=True, reward_bias=-1.0, eval_every=2000, log_every=250,
         bc_steps=10_000, offline_steps=4000, online_steps=4000, batch_size=64,
@@ -270,6 +273,7 @@ def rerank(critic, obs, candidates, args, dataset_actions=None):
 
     dataset_actions (B, A): the batch's own action takes the place of the worst kept one (not when M = 1).
     NOTE(differs): the batch's own action joins before the gradient steps (as in the released code).
+    NOTE(differs): M = K is sorted too, and with M = 1 the batch's own action stays out (released: neither).
     """
     with torch.no_grad():
         q = critic(obs, candidates)[0].mean(0)  # (B, K)
@@ -356,7 +360,7 @@ class SampleCache:
     """A frozen policy's K samples at each of `states` (S, O), a replay buffer's, in float16, drawn from the seed alone.
     Where they exceed --sample-cache-gb, or the phase touches fewer states, samples are drawn at every touch instead.
 
-    NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
+    NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch, but for its OpenVLA).
     """
 
     def __init__(self, policy, states, act_dim, args):
@@ -480,7 +484,11 @@ def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
 
 
 def learning_rate(base, step, num_steps, args, cosine=False):
-    """Linear warm-up over policy_warmup_steps (at most 10 % of num_steps), then constant, or cosine to 0."""
+    """Linear warm-up over policy_warmup_steps (at most 10 % of num_steps), then constant, or cosine to 0.
+
+    NOTE(differs): cloning's cosine begins with its warm-up (released: after it; for the transformer there is none).
+    NOTE(differs): a warm-up takes at most a tenth of its phase (released: 2000 steps in any).
+    """
     warmup = min(args.policy_warmup_steps, num_steps // 10)
     decay = (1 + math.cos(math.pi * step / num_steps)) / 2 if cosine else 1.0
     return base * min(1.0, step / max(warmup, 1)) * decay if warmup else base * decay
@@ -547,9 +555,9 @@ def train(args: Args) -> Path:
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
     cache = agent.cache_samples() if counters.done["offline"] < args.offline_steps else None
-    for _ in counters.steps("offline", args.offline_steps):
+    for step in counters.steps("offline", args.offline_steps):
         with log.timed("time/critic_ms"):
-            log.add(agent.improve_critic(args.batch_size, cache))
+            log.add(agent.improve_critic(step, args.batch_size, cache))
         end_update(agent.describe)
     if counters.done["distill"] == 0 < args.offline_distill_steps:
         agent.policy_optimizer.state.clear()
@@ -579,10 +587,11 @@ def train(args: Args) -> Path:
             with log.timed("time/distill_ms"):
                 lr = learning_rate(args.distill_lr, first + step, num_distill_steps, args)
                 log.add(agent.distill(math.floor(args.batch_size * share), lr))
-        for _ in counters.updates("critic", args.critic_utd * length):
+        first = counters.done["offline"] + args.critic_utd * counters.env_step
+        for step in counters.updates("critic", args.critic_utd * length):
             stop_if_asked()
             with log.timed("time/critic_ms"):
-                log.add(agent.improve_critic(math.floor(args.batch_size * args.offline_ratio)))
+                log.add(agent.improve_critic(first + step, math.floor(args.batch_size * args.offline_ratio)))
         log.add(counters.end_episode(args.critic_utd * length))
         end_update(agent.describe)
     log.finish()
@@ -601,7 +610,7 @@ class Agent:
         self.policy = GaussianPolicy(obs_dim, act_dim, args).to(device)
         self.policy_ema = copy.deepcopy(self.policy).eval()
         self.critic = Critic(obs_dim, act_dim, args).to(device)
-        self.target_critic = copy.deepcopy(self.critic)
+        self.target_critic, self.critic_ema = copy.deepcopy(self.critic), copy.deepcopy(self.critic)
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.bc_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
         compiled = common.compiled if args.compile else lambda function: function
@@ -609,7 +618,7 @@ class Agent:
 
     def kept(self):
         """What a checkpoint holds, by name."""
-        names = ("policy", "policy_ema", "critic", "target_critic", "online", "normalizer")
+        names = ("policy", "policy_ema", "critic", "target_critic", "critic_ema", "online", "normalizer")
         return {name: getattr(self, name) for name in (*names, "policy_optimizer", "critic_optimizer")}
 
     def draw_batch(self, num_offline):
@@ -628,19 +637,26 @@ class Agent:
         """One step of the policy towards optimised actions, the batch's own among the candidates."""
         batch = self.draw_batch(num_offline)
         samples = self.policy_ema.sample(batch["obs"], self.args.num_samples)
-        actions, q = optimize_actions(self.critic, batch["obs"], samples, self.args, batch["actions"])
+        actions, q = optimize_actions(self.critic_ema, batch["obs"], samples, self.args, batch["actions"])
         chosen = choose(actions, q, sample=not self.args.distill_argmax)
         return {"policy/distill_loss": self.improve_policy(batch["obs"], chosen, lr)}
 
     def improve_policy(self, obs, actions, lr):
         return self.update_policy(self.policy, self.policy_ema, self.policy_optimizer, obs, actions, lr, self.args)
 
-    def improve_critic(self, num_offline, cache=None):
-        """One critic update, on samples from the cache of a frozen policy, or drawn now."""
+    def improve_critic(self, num_before, num_offline, cache=None):
+        """One critic update, after num_before others, on samples from the cache of a frozen policy, or drawn now.
+
+        NOTE(differs): with --critic-ema-rate below 1 an average of critics acts and distils (released: the latest).
+        """
         batch = self.draw_batch(num_offline)
         samples = cache.samples(batch) if cache else draw_samples(self.policy_ema, batch, self.args.num_samples)
         self.latest = batch["obs"], samples[: self.args.batch_size]
-        return self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
+        args, networks = self.args, (self.critic, self.target_critic)
+        info = self.update_critic(*networks, self.critic_optimizer, batch, samples, args)
+        rate = max(args.critic_ema_rate, 1 / (num_before + 1))  # at first the mean of all so far
+        move_average(self.critic_ema, self.critic, rate)
+        return info
 
     def cache_samples(self):
         states = self.normalized(self.dataset.states[: self.dataset.num_states])
@@ -648,7 +664,7 @@ class Agent:
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""
-        return optimization_info(self.critic, *self.latest, self.args)
+        return optimization_info(self.critic_ema, *self.latest, self.args)
 
     def normalized(self, obs):  # (N, O) raw observations, numpy -> (N, O)
         return self.normalizer(torch.from_numpy(obs).to(self.device))
@@ -657,17 +673,14 @@ class Agent:
         return self.policy_ema.sample(self.normalized(obs), 1, keys)[:, 0].cpu().numpy()
 
     def act(self, obs, keys):
-        return act(self.policy_ema, self.critic, self.normalized(obs), self.args, keys).cpu().numpy()
+        return act(self.policy_ema, self.critic_ema, self.normalized(obs), self.args, keys).cpu().numpy()
 
     def explore(self, obs, _keys):  # noise from the run's own generator
         return self.act(obs, None)
 
     def remember(self, episode):
         """Add an episode of common.run_episodes to the online buffer."""
-        rewards, discount = episode["rewards"] * self.args.reward_scale + self.args.reward_bias, self.args.discount
-        returns = common.mc_returns(rewards, episode["masks"], discount, self.args.sparse_reward)
-        if self.args.sparse_reward:
-            rewards = common.endless_failure(rewards, episode["masks"], discount)
+        rewards, returns = common.learned_from(episode, self.args)
         self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
 
 

@@ -17,6 +17,7 @@ critic). The algorithm asks two things of a policy: `sample`, `loss`.
     symbol  name                 meaning
     Q       critic               value of an action in a state: the mean of an ensemble of networks
     Q'      target_critic        its running average, which values the TD target
+            critic_ema           a slower one, with which PA-RL acts and distils
     K       num_samples          actions drawn from the policy per state
     M       num_keep             of which re-ranking keeps the best
     T       num_gradient_steps   local optimisation steps
@@ -97,6 +98,7 @@ class Args(common.RunArgs):
     # critic
     target_rate: float = 0.005  # share of the critic that enters its target per update
     critic_lr: float = 3e-4  # Adam
+    critic_ema_rate: float = 1.0  # share of the critic that enters the average that acts, per update; 1: no averaging
     hidden_dims: tuple[int, ...] = (512, 512, 512)  # widths of the critic's hidden layers
     critic_image_size: int = 100  # pixels, as in the released code
     encoder_widths: tuple[int, ...] = (32, 64, 128, 128)  # channels of the critic's encoder, each at half the size
@@ -873,6 +875,7 @@ def rerank(critic, obs, candidates, args, dataset_actions=None):
 
     dataset_actions (B, A): the batch's own action takes the place of the worst kept one (not when M = 1).
     NOTE(differs): the batch's own action joins before the gradient steps (as in the released code).
+    NOTE(differs): M = K is sorted too, and with M = 1 the batch's own action stays out (released: neither).
     """
     with torch.no_grad():
         q = critic(obs, candidates)[0].mean(0)  # (B, K)
@@ -964,7 +967,6 @@ class SampleStore:
     while the policy is distilled has the version from before. The noise follows from (seed, state, version) alone:
     ranks can share the drawing in any way. `observe(rows)` looks at states.
 
-    NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch).
     NOTE(differs): samples are kept beside their state with a version (released: worker processes, by the mean pixel).
     """
 
@@ -1125,7 +1127,11 @@ def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
 
 
 def learning_rate(base, step, num_steps, args, cosine=False):
-    """Linear warm-up over policy_warmup_steps (at most 10 % of num_steps), then constant, or cosine to 0."""
+    """Linear warm-up over policy_warmup_steps (at most 10 % of num_steps), then constant, or cosine to 0.
+
+    NOTE(differs): cloning's cosine begins with its warm-up (released: after it; for the transformer there is none).
+    NOTE(differs): a warm-up takes at most a tenth of its phase (released: 2000 steps in any).
+    """
     warmup = min(args.policy_warmup_steps, num_steps // 10)
     decay = (1 + math.cos(math.pi * step / num_steps)) / 2 if cosine else 1.0
     return base * min(1.0, step / max(warmup, 1)) * decay if warmup else base * decay
@@ -1225,9 +1231,9 @@ def train(args: Args) -> Path:
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
     num_offline = 0 if args.warmup_episodes else args.batch_size
-    for _ in counters.steps("offline", args.offline_steps):
+    for step in counters.steps("offline", args.offline_steps):
         with log.timed("time/critic_ms"):
-            log.add(agent.improve_critic(num_offline))
+            log.add(agent.improve_critic(step, num_offline))
         end_update(agent.describe)
     if counters.done["distill"] == 0 < args.offline_distill_steps:
         agent.policy_optimizer.state.clear()
@@ -1260,10 +1266,11 @@ def train(args: Args) -> Path:
                 log.add(agent.distill(math.floor(args.batch_size * share), lr))
         for _ in counters.updates("samples", 1):
             agent.refresh_samples()
-        for _ in counters.updates("critic", args.critic_utd * length):
+        first = counters.done["offline"] + args.critic_utd * counters.env_step
+        for step in counters.updates("critic", args.critic_utd * length):
             stop_if_asked()
             with log.timed("time/critic_ms"):
-                log.add(agent.improve_critic(math.floor(args.batch_size * args.offline_ratio)))
+                log.add(agent.improve_critic(first + step, math.floor(args.batch_size * args.offline_ratio)))
         log.add(counters.end_episode(args.critic_utd * length))
         end_update(agent.describe)
     if rank == 0:
@@ -1284,7 +1291,7 @@ class Agent:
         self.policy = policy
         self.policy_ema = copy.deepcopy(policy, {id(weight): weight for weight in policy.frozen().values()}).eval()
         self.critic = Critic(args.encoding_width, act_dim, args).to(device)
-        self.target_critic = copy.deepcopy(self.critic)
+        self.target_critic, self.critic_ema = copy.deepcopy(self.critic), copy.deepcopy(self.critic)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.policy_optimizer = torch.optim.Adam(trained, lr=args.bc_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
@@ -1294,7 +1301,7 @@ class Agent:
 
     def kept(self):
         """What a checkpoint holds, by name."""
-        names = ("policy", "policy_ema", "critic", "target_critic", "online", "store")
+        names = ("policy", "policy_ema", "critic", "target_critic", "critic_ema", "online", "store")
         return {name: getattr(self, name) for name in (*names, "policy_optimizer", "critic_optimizer")}
 
     def as_obs(self, images):  # (N, height, width, 3) -> what the policy takes
@@ -1332,8 +1339,8 @@ class Agent:
         batch = self.draw_batch(num_offline)
         samples = self.samples_at(batch["state_rows"])
         with torch.no_grad():
-            obs = self.critic.encode(batch["obs"])
-        actions, q = optimize_actions(self.critic, obs, samples, self.args, batch["actions"])
+            obs = self.critic_ema.encode(batch["obs"])
+        actions, q = optimize_actions(self.critic_ema, obs, samples, self.args, batch["actions"])
         draws = [choose(actions, q, sample=not self.args.distill_argmax) for _ in range(self.args.targets_per_image)]
         chosen = torch.stack(draws, 1)  # (B, R, A)
         if ranks()[1] > 1:
@@ -1346,25 +1353,32 @@ class Agent:
         obs, actions = self.as_obs(images[rank::num_ranks]), actions[rank::num_ranks]
         return update_policy(self.policy, self.policy_ema, self.policy_optimizer, obs, actions, lr, self.args)
 
-    def improve_critic(self, num_offline):
-        """One critic update, on samples from the store."""
+    def improve_critic(self, num_before, num_offline):
+        """One critic update, after num_before others, on samples from the store.
+
+        NOTE(differs): with --critic-ema-rate below 1 an average of critics acts and distils (released: the latest).
+        """
         batch = self.draw_batch(num_offline)
         samples = self.samples_at(torch.cat([batch["state_rows"], batch["next_state_rows"]]))
         self.latest = batch["obs"], samples[: self.args.batch_size]
-        return self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
+        args, networks = self.args, (self.critic, self.target_critic)
+        info = self.update_critic(*networks, self.critic_optimizer, batch, samples, args)
+        rate = max(args.critic_ema_rate, 1 / (num_before + 1))  # at first the mean of all so far
+        move_average(self.critic_ema, self.critic, rate)
+        return info
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""
         images, samples = self.latest
         with torch.no_grad():
-            obs = self.critic.encode(images)
-        return optimization_info(self.critic, obs, samples, self.args)
+            obs = self.critic_ema.encode(images)
+        return optimization_info(self.critic_ema, obs, samples, self.args)
 
     def act_raw(self, images, keys):  # (N, height, width, 3) -> (N, A); keys seed the noise, see common.run_episodes
         return self.policy_ema.sample(self.as_obs(images), 1, keys)[:, 0].cpu().numpy()
 
     def act(self, images, keys):
-        return act(self.policy_ema, self.critic, self.as_obs(images), self.args, keys).cpu().numpy()
+        return act(self.policy_ema, self.critic_ema, self.as_obs(images), self.args, keys).cpu().numpy()
 
     def explore(self, images, _keys):  # noise from the run's own generator
         return self.act(images, None)
@@ -1377,11 +1391,9 @@ class Agent:
         episode = from_rank_0(common.run_episodes([env], act, [seed])[0] if ranks()[0] == 0 else None)
         paid = episode["rewards"]
         if self.args.sparse_reward:  # success, at the end of the episode, is the only reward
-            paid = np.float32(np.arange(1, len(paid) + 1) == len(paid)) * episode["success"]
-        rewards, discount = paid * self.args.reward_scale + self.args.reward_bias, self.args.discount
-        returns = common.mc_returns(rewards, episode["masks"], discount, self.args.sparse_reward)
-        if self.args.sparse_reward:
-            rewards = common.endless_failure(rewards, episode["masks"], discount)
+            paid = np.zeros(len(episode["rewards"]), np.float32)
+            paid[-1] = episode["success"]
+        rewards, returns = common.learned_from(episode | {"rewards": paid}, self.args)
         self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
         self.store.grow(self.dataset.num_states + self.online.num_states)
         return episode
