@@ -1029,7 +1029,7 @@ def parse(command, args_class, presets, description):
 def check_same_flags(args, before):
     """Raises InputError, naming the first flag in which a command differs from that of the run in its --run-dir."""
     for name, value in vars(before).items():
-        if value != getattr(args, name):
+        if value != getattr(args, name) and name not in ("num_threads", "device"):  # where it runs may change
             flag = f"--{name.replace('_', '-')} is {value!r} there and {getattr(args, name)!r} here"
             expected = (
                 f"expected the same flags to go on with it, a new folder, or --resume {args.run_dir} to change some"

@@ -1,26 +1,68 @@
 #!/usr/bin/env bash
 # Runs experiments, several at a time, the cores shared out among them; what has finished is not run again.
 #
-#   bash benchmark/run.sh benchmark/pointmaze.txt [processes, default: all cores]
+#   bash benchmark/run.sh FILE [processes, default: all cores] [--seeds 0-4] [--sweep cql_weight=0.01,0.1]
 #
-# A line of the file is a name, a script and its flags, after --num-eval-episodes 100 and --num-threads. The run lands in
-# runs/NAME, its metrics in benchmark/results/NAME.csv, what it printed in runs/NAME/log.txt.
+# A line of FILE is a name, a script and its flags, after --num-eval-episodes 100 and --num-threads. With --seeds (0-4, or
+# 0,3,7-9) a line is run once per seed, as NAME-SEED; with --sweep once per value of that flag, as NAME-cql_weight_0.01;
+# with both as NAME-cql_weight_0.01-SEED.
+#
+# A run lands in runs/NAME, what it prints in runs/NAME/log.txt and, once it has finished, its metrics in
+# benchmark/results/NAME.csv. The same command again runs what has not finished: a run that was stopped (exit status 143
+# after SIGTERM, 130 after Ctrl-C) goes on where it was. Exits with 0 when all have finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mkdir -p benchmark/results
-one() {
-  name=$1 script=$2; shift 2
-  [ -e "benchmark/results/$name.csv" ] && return
-  mkdir -p "runs/$name"
-  where=(--run-dir "runs/$name")
-  [ -e "runs/$name/checkpoint.pt" ] && where=(--resume "runs/$name")  # it was interrupted
-  if python "$script.py" --num-eval-episodes 100 --num-threads "$threads" "${where[@]}" "$@" >>"runs/$name/log.txt" 2>&1; then
-    cp "runs/$name/metrics.csv" "benchmark/results/$name.csv"
-  else
-    echo "$name failed: runs/$name/log.txt"; return 1
-  fi
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+file='' processes=$(nproc) seeds=('') flag='' values=('')
+while [ $# -gt 0 ]; do
+  case $1 in
+    --seeds)
+      list='' ranges=${2-}
+      for part in ${ranges//,/ }; do list+="$(seq -s ' ' "${part%-*}" "${part#*-}") "; done
+      read -ra seeds <<<"$list"
+      [ ${#seeds[@]} -gt 0 ] || fail "--seeds: expected seeds, as 0-4"
+      shift ;;
+    --sweep)
+      [[ ${2-} == ?*=?* ]] || fail "--sweep: expected a flag and its values, as cql_weight=0.01,0.1"
+      flag=${2%%=*}; IFS=, read -ra values <<<"${2#*=}"; shift ;;
+    -*) fail "$1: expected --seeds or --sweep" ;;
+    *) if [ -z "$file" ]; then file=$1; else processes=$1; fi ;;
+  esac
+  shift
+done
+[ -f "$file" ] || fail "'$file' is not a file of experiments"
+
+expand() {  # the lines of the file, one for each value and seed
+  grep -Ev '^(#|[[:space:]]*$)' "$file" | while read -r name script flags; do
+    [[ -z ${seeds[0]} || "$flags " != *--seed[\ =]* ]] || fail "$name has a --seed; expected none with --seeds"
+    for value in "${values[@]}"; do
+      for seed in "${seeds[@]}"; do
+        echo "$name${value:+-${flag}_${value//\//-}}${seed:+-$seed} $script $flags" \
+          "${value:+--${flag//_/-} $value}" "${seed:+--seed $seed}"
+      done
+    done
+  done
 }
-processes=${2:-$(nproc)}
+
+one() {
+  local name=$1 script=$2 status=0
+  shift 2
+  [ ! -e "benchmark/results/$name.csv" ] || return 0
+  mkdir -p "runs/$name"
+  python "$script.py" --num-eval-episodes 100 --num-threads "$threads" --run-dir "runs/$name" "$@" \
+    >>"runs/$name/log.txt" 2>&1 || status=$?
+  case $status in
+    0) cp "runs/$name/metrics.csv" "benchmark/results/$name.csv" ;;
+    130 | 143) echo "$name was stopped; the same command goes on"; return 1 ;;
+    *) echo "$name failed: runs/$name/log.txt"; return 1 ;;
+  esac
+}
+
+mkdir -p benchmark/results
 export threads=$(($(nproc) > processes ? $(nproc) / processes : 1))
 export -f one
-grep -v '^#' "$1" | xargs -P "$processes" -I{} bash -c 'one {}'
+lines=$(expand)
+# shellcheck disable=SC2016  # each bash expands its line, which may have quotes and variables
+tr '\n' '\0' <<<"$lines" | xargs -0 -n 1 -P "$processes" bash -c 'eval "one $0"'
