@@ -15,6 +15,7 @@ import tyro
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
+import envs  # noqa: E402
 import parl_openvla  # noqa: E402
 
 
@@ -32,12 +33,12 @@ def episode(run, start, optimised):
     """Frames of an episode of the run's policy from an evaluation's start, and whether it succeeded."""
     checkpoint = torch.load(Path(run) / "checkpoint.pt", weights_only=True)
     args = parl_openvla.Args(**checkpoint["args"])
-    env = common.make_env(args.env_id, args.sparse_reward, render=True, image_size=parl_openvla.TINY.image_size)
+    env = envs.make(args.env_id, args.sparse_reward, render=True, image_size=parl_openvla.TINY.image_size)
     act_dim = env.action_space.shape[0]
     policy = parl_openvla.OpenVLAPolicy(act_dim, args).eval()
     policy.load_state_dict(checkpoint["policy_ema"])
     critic = parl_openvla.Critic(args.encoding_width, act_dim, args)
-    critic.load_state_dict(checkpoint["critic"])
+    critic.load_state_dict(checkpoint["critic_ema"])
     seed, frames, steps, done = int(common.EVALUATION_SEED + start), [], 0, False
     image, info = env.reset(seed=seed)
     while not done:

@@ -26,6 +26,7 @@ import tyro
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import common  # noqa: E402
+import envs  # noqa: E402
 
 ALGORITHM = ("sampling", "optimising actions", "critic's loss and step", "policy's loss and step")
 # what a long run does once, or once in thousands of updates
@@ -109,19 +110,20 @@ def main(options):
     watch.time(getattr(module, f"{options.script.removeprefix('parl_').title()}Policy"), "sample", "sampling")
     for name in ("optimize_actions", "choose"):
         watch.time(module, name, "optimising actions")
-    watch.time(module, "cached_samples", "filling the sample cache", whole=True)
+    watch.time(module.SampleCache, "__init__", "filling the sample cache", whole=True)
     watch.time(module, "optimization_info", "opt/ columns of the log", whole=True)
     watch.time(common, "evaluate", "evaluation", whole=True)
     watch.time(module, "update_critic", "critic's loss and step")
     watch.time(module, "update_policy", "policy's loss and step")
     watch.time(common, "run_episodes", "environment")
-    watch.time(common, "make_env", "making environments")
-    watch.time(common, "load_dataset", "reading data")
+    watch.time(envs, "make", "making environments")
+    watch.time(envs, "load_dataset", "reading data")
     watch.time(common, "sample_both", "drawing batches")
     watch.time(common.Normalizer, "forward", "normalising")
-    watch.time(common.Run, "average", "adding up metrics")
-    for name, row in (("log", "writing metrics"), ("save", "writing checkpoints"), ("finish", "drawing curves")):
-        watch.time(common.Run, name, row)
+    watch.time(common.Log, "add", "adding up metrics")
+    watch.time(common.Log, "write", "writing metrics")
+    watch.time(common.Checkpoint, "save", "writing checkpoints")
+    watch.time(common.Log, "finish", "drawing curves")
     with tempfile.TemporaryDirectory() as folder:
         args = antmaze_args(module, options, Path(folder)) if options.antmaze else default_args(module, options)
         args.run_dir, args.device, args.num_threads = f"{folder}/run", "cpu", options.threads or args.num_threads

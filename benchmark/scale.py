@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
+import envs
 
 torch.set_num_threads(1)
 
@@ -31,7 +31,7 @@ def load(num_transitions=1_000_000):
             file["rewards"] = (rows % 1000 == 700).astype(np.float32)
             file["terminals"], file["timeouts"] = np.zeros(num_transitions, bool), rows % 1000 == 999
         start = time.perf_counter()
-        buffer = common.load_dataset("antmaze-large-diverse-v2", Path(folder) / "antmaze.hdf5", 1.0, -1.0, 0.99, True)
+        buffer = envs.load_dataset("antmaze-large-diverse-v2", Path(folder) / "antmaze.hdf5", 1.0, -1.0, 0.99, True)
         print(f"{len(buffer)} transitions loaded in {time.perf_counter() - start:.1f} s, environment included")
     generator = np.random.default_rng(0)
     times = []
@@ -45,7 +45,7 @@ def load(num_transitions=1_000_000):
 
 def camera(num_steps=200):
     for size in (64, 224):
-        env = common.make_env("metaworld-drawer-close", image_size=size)
+        env = envs.make("metaworld-drawer-close", image_size=size)
         action, start = env.action_space.sample(), None
         env.reset(seed=0)
         for steps in range(-20, num_steps):
@@ -56,7 +56,7 @@ def camera(num_steps=200):
 
 
 def experts(num_episodes=60):
-    family, shares = common.family_module("metaworld-drawer-open"), {}
+    family, shares = envs.family_module("metaworld-drawer-open"), {}
     for env_id in family.IDS:
         successes = [e["success"] for e in itertools.islice(family.demonstrations(env_id), num_episodes)]
         shares[env_id] = np.mean(successes[10:])  # the noise has found its level

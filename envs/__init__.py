@@ -6,11 +6,12 @@ of environments is a module here that is imported when one of its ids is asked f
 """
 
 import contextlib
-import ctypes.util
 import difflib
+import functools
 import hashlib
 import importlib
-import os
+import io
+import math
 import sys
 from pathlib import Path
 
@@ -19,8 +20,9 @@ import numpy as np
 from PIL import Image
 
 import common
-from common import InputError, ReplayBuffer, mc_returns
-from envs import files
+from common import InputError, ReplayBuffer
+from envs import files, opengl
+from envs.files import one_line
 
 MODULES = {  # common.family(env_id): module of this folder
     "pointmaze": "pointmaze",
@@ -41,41 +43,70 @@ def make(env_id, sparse=False, render=False, image_size=0):
     Its observations are flat (O,), dicts in the order of their space's keys, or with an image_size camera images
     (image_size, image_size, 3) uint8; its actions (A,) are rescaled to [-1, 1]; it is wrapped in Success, and where
     rewards are sparse ends at the first one. Raises InputError for an unknown id, with near misses, for an action space
-    that is not a bounded Box of floats, and for images that it does not have.
+    that is not a bounded Box of floats, for observations that are images where no image_size asks for them, and for
+    images that it does not have or that cannot be drawn.
     """
-    if render and "DISPLAY" not in os.environ and ctypes.util.find_library("EGL"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display; read when it is first imported
+    if render or image_size:
+        opengl.choose()
     try:
         if module := family_module(env_id):
             draws = image_size and hasattr(module, "make_images")
             env = module.make_images(env_id, image_size) if draws else module.make(env_id, render)
         else:
-            env = make_gymnasium(env_id, render)
-    except gym.error.Error as error:
-        raise unknown_id(env_id, error, known_ids(), "a name like pointmaze-umaze-play, or a gymnasium id") from error
-    except ModuleNotFoundError as error:
-        expected = "expected an installed module, or one in a folder of PYTHONPATH"
-        raise InputError(f"--env-id {env_id}: {error}; {expected}") from error
+            env = make_gymnasium(functools.partial(gym.make, env_id), render)
+    except (gym.error.Error, ImportError) as error:
+        raise not_made(env_id, error) from error
     low, high = check_actions(env_id, env.action_space)
     if not env.has_wrapper_attr("_max_episode_steps"):
         print(f"warning: {env_id} has no max_episode_steps: an episode that never ends hangs the run", file=sys.stderr)
-    env = ImageObservation(env, env_id, image_size) if image_size else gym.wrappers.FlattenObservation(env)
+    if image_size:
+        env = ImageObservation(env, env_id, image_size)
+    else:
+        check_observations(env_id, env.observation_space)
+        env = gym.wrappers.FlattenObservation(env)
     env = Success(env, sparse)
     rescaled = (low != -1).any() or (high != 1).any()
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if rescaled else env
 
 
-def make_gymnasium(env_id, render):
-    """gym.make(env_id). Raises InputError where `render` finds no render mode rgb_array."""
+def make_gymnasium(make, render):
+    """make(), or with `render` make(render_mode="rgb_array"). Raises InputError where that cannot be drawn."""
     # gymnasium-robotics would import the mujoco-py that comes with d4rl, which raises without MuJoCo 2.1
     sys.modules.setdefault("mujoco_py", None)
-    env = gym.make(env_id)
+    with opengl.optional():
+        env = make()
     if not render:
         return env
     if "rgb_array" not in (env.metadata.get("render_modes") or []):
-        raise InputError(f"--capture-video: {env_id} has no render mode rgb_array; expected it in its metadata")
+        raise InputError(f"--capture-video: {env.spec.id} has no render mode rgb_array; expected it in its metadata")
     env.close()
-    return gym.make(env_id, render_mode="rgb_array")
+    package = type(env.unwrapped).__module__.partition(".")[0]
+    if hasattr(env.unwrapped, "mujoco_renderer") or package == "gymnasium_robotics":
+        opengl.context()
+    env = make(render_mode="rgb_array")
+    if package in ("gymnasium", "gymnasium_robotics"):  # simulators, no robot: draw one now, for what may be missing
+        env.reset(seed=0)
+        env.render()
+    return env
+
+
+def check_observations(env_id, space):
+    """Raises InputError unless observations flatten to a vector of numbers that are no image's."""
+    if not space.is_np_flattenable:
+        raise InputError(f"--env-id {env_id}: observations {one_line(space)}; expected a fixed number of numbers")
+    if has_image(space):
+        expected = "expected vectors of numbers; what reads images is parl_openvla.py"
+        raise InputError(f"--env-id {env_id}: observations with images, {one_line(space)}; {expected}")
+
+
+def has_image(space):
+    """Whether there is an image, or a stack of them, in an observation space."""
+    if isinstance(space, gym.spaces.Dict):
+        return any(map(has_image, space.spaces.values()))
+    if isinstance(space, gym.spaces.Tuple):
+        return any(map(has_image, space.spaces))
+    is_array = isinstance(space, gym.spaces.Box) and len(space.shape) >= 2
+    return is_array and (space.dtype == np.uint8 or (len(space.shape) >= 3 and math.prod(space.shape) > 1000))
 
 
 def check_actions(env_id, space):
@@ -83,7 +114,7 @@ def check_actions(env_id, space):
     is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
     if not is_vector or not space.is_bounded() or (space.low >= space.high).any():
         expected = "expected a bounded Box of one dimension, of floats, low below high"
-        raise InputError(f"--env-id {env_id}: its action space is {space}; {expected}")
+        raise InputError(f"--env-id {env_id}: its action space is {one_line(space)}; {expected}")
     return space.low, space.high
 
 
@@ -103,8 +134,11 @@ class Success(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
+        if np.size(reward) != 1:
+            raise InputError(f"--env-id {self.spec.id}: its reward is {one_line(reward)}; expected one number")
+        reward = float(np.asarray(reward).item())  # of shape (1,) as well
         success = bool(info.get("success", info.get("is_success", terminated and reward > 0)))
-        return obs, float(reward), bool(terminated or (success and self.ends)), truncated, {**info, "success": success}
+        return obs, reward, bool(terminated or (success and self.ends)), truncated, {**info, "success": success}
 
 
 class ImageObservation(gym.Wrapper):
@@ -119,7 +153,8 @@ class ImageObservation(gym.Wrapper):
         image = space.spaces.get("image") if isinstance(space, gym.spaces.Dict) else None
         if image is None or image.dtype != np.uint8 or len(image.shape) != 3 or image.shape[2] != 3:
             raise InputError(
-                f'--env-id {env_id}: observations {space}; expected a Dict with "image", uint8 (height, width, 3)'
+                f"--env-id {env_id}: observations {one_line(space)}; "
+                'expected a Dict with "image", uint8 (height, width, 3)'
             )
         self.size, self.observation_space = size, gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
 
@@ -133,7 +168,8 @@ class ImageObservation(gym.Wrapper):
 
     def resize(self, image):
         size = (self.size, self.size)
-        return image if image.shape[:2] == size else np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
+        image = image if image.shape[:2] == size else Image.fromarray(image).resize(size, Image.BICUBIC)
+        return np.array(image)  # of its own: an environment may fill one buffer again and again
 
 
 # ======================================== DATASETS ========================================
@@ -144,29 +180,33 @@ def load_dataset(env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, d
 
     sparse: an episode is split where the scaled reward reaches 0, which is success; what follows is another. env: that
     of `make`, else made here; where it observes images, so does the dataset. What a file holds: see envs/files.py.
-    Raises InputError naming file, key and bad index.
+    Prints what was loaded. Raises InputError naming file, key and bad index.
     """
     env = env or make(env_id)
     shape, (low, high) = env.observation_space.shape, action_bounds(env)
     is_image = len(shape) == 3
     path = dataset_file(env_id, dataset_path, image_size=shape[0] if is_image else 0)
+    module = family_module(env_id)
     try:
-        module = family_module(env_id)
         data = module.read_dataset(env_id, path) if module else files.read_dataset(path)
         files.check_dataset(data, path, shape, low, high)
     except InputError as error:
-        if dataset_path is not None:
-            raise
-        raise InputError(f"{error}; delete it, and it is made or downloaded again") from error
+        made = path.parent == files.cache_folder()
+        hint = "delete it, and it is made again" if made else getattr(module, "HOW_TO_REPLACE", "")
+        raise InputError(f"{error}; {hint}" if hint and dataset_path is None else str(error)) from error
     data["actions"] = 2 * (data["actions"] - low) / (high - low) - 1
-    data["rewards"] = data["rewards"].astype(np.float64) * reward_scale + reward_bias
+    raw_rewards = data["rewards"].astype(np.float64)
+    data["rewards"] = raw_rewards * reward_scale + reward_bias
     files.check_numbers(data["rewards"], f"--reward-scale {reward_scale} --reward-bias {reward_bias}: reward")
-    data["terminals"] = find_terminals(data, sparse, path)
+    if sparse:
+        files.check_sparse(raw_rewards, reward_scale, reward_bias, path)
+    data["terminals"] = files.find_terminals(data, sparse, path)
     buffer = ReplayBuffer(shape, len(low), np.uint8 if is_image else np.float32)
     buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    add_episodes(buffer, data, discount, sparse)
-    if len(buffer) == 0:
+    episodes = files.add_episodes(buffer, data, discount, sparse)
+    if not episodes:
         raise InputError(f"dataset {path}: no transition has a next observation; expected at least 1")
+    files.describe(data, episodes, raw_rewards, sparse, path)
     return buffer
 
 
@@ -176,41 +216,13 @@ def dataset_file(env_id, dataset_path=None, image_size=0):
     Raises InputError where there is neither.
     """
     if dataset_path is not None:
-        return Path(dataset_path)
+        return Path(dataset_path).expanduser()
     if module := family_module(env_id):
         return module.dataset_file(env_id, image_size=image_size) if image_size else module.dataset_file(env_id)
     raise InputError(
         f"--env-id {env_id} has no embedded dataset: expected --dataset-path FILE (.hdf5 or .npz with "
         f"{', '.join(files.DATASET_KEYS[:5])}), or for none --offline-ratio 0 --bc-steps 0 (OpenVLA: --warmup-episodes)"
     )
-
-
-def find_terminals(data, sparse, path):
-    """The terminals (N,) bool of a dataset with scaled rewards: the file's, and where rewards are sparse each success.
-    Warns, on stderr, of what makes little sense to learn from."""
-    rewards, terminals = data["rewards"], data["terminals"].astype(bool)
-    if sparse:
-        if (terminals & (rewards < 0)).any():
-            hint = "a failure that ends an episode costs one step, which pays; let it go on to its time limit"
-            print(f"warning: {path}: terminals without success, with --sparse-reward: {hint}", file=sys.stderr)
-        terminals = terminals | (rewards >= 0)
-    if sparse and rewards.max() < 0:
-        hint = "no success anywhere: no reward * scale + bias reaches 0; expected success to pay 0"
-        print(f"warning: {path}: {hint}", file=sys.stderr)
-    elif not terminals.any():
-        hint = "no terminal anywhere: every episode counts as one cut short by a time limit"
-        print(f"warning: {path}: {hint}", file=sys.stderr)
-    return terminals
-
-
-def add_episodes(buffer, data, discount, sparse):
-    """Adds the episodes of a dataset, its actions in [-1, 1] and its rewards scaled, with their returns-to-go."""
-    episodes, next_observations = files.split_episodes(data)
-    for start, stop in episodes:
-        rewards, masks = data["rewards"][start:stop], 1.0 - data["terminals"][start:stop]
-        returns = mc_returns(rewards, masks, discount, sparse)
-        observations = np.concatenate([data["observations"][start:stop], next_observations[stop - 1 : stop]])
-        buffer.add_episode(observations, data["actions"][start:stop], rewards, masks, returns)
 
 
 # ======================================== FAMILIES ========================================
@@ -224,14 +236,16 @@ def family_module(env_id):
     dataset_file(env_id) -> path of its dataset: found, downloaded or made on first use
     read_dataset(env_id, path) -> the arrays of envs/files.py
 
-    and where it has images, make_images(env_id, image_size) and dataset_file(env_id, image_size).
+    where it has images, make_images(env_id, image_size) and dataset_file(env_id, image_size); and where a file that is
+    bad was not made here, HOW_TO_REPLACE it.
     Raises InputError naming the package that is missing.
     """
     family = common.family(env_id)
     if not family:
         return None
     try:
-        return importlib.import_module(f"envs.{MODULES[family]}")
+        with opengl.optional():
+            return importlib.import_module(f"envs.{MODULES[family]}")
     except ModuleNotFoundError as error:
         is_ours = error.name.startswith("envs.")
         missing = f"{error.name.replace('.', '/')}.py" if is_ours else f"pip install {error.name}"
@@ -242,21 +256,39 @@ def known_ids():
     """Every --env-id by name: those of the families that are installed, and gymnasium's. Takes seconds."""
     ids = []
     for name in dict.fromkeys(MODULES.values()):
-        with contextlib.suppress(ModuleNotFoundError, InputError):
+        with opengl.optional(), contextlib.suppress(ModuleNotFoundError):
             ids += importlib.import_module(f"envs.{name}").IDS
-    return ids + list(gym.registry)
+    return ids + list(latest_versions().values())
+
+
+def latest_versions():
+    """{(namespace, name): --env-id} of gymnasium's registry, and of gymnasium-robotics'."""
+    with opengl.optional(), contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):
+        import gymnasium_robotics  # noqa: F401  registers its ids, and prints a notice
+    latest = {}
+    for spec in sorted(gym.registry.values(), key=lambda spec: spec.version or 0):
+        module = "gymnasium_robotics:" if str(spec.entry_point).startswith("gymnasium_robotics.") else ""
+        latest[spec.namespace, spec.name] = module + spec.id
+    return latest
+
+
+def not_made(env_id, error):
+    """The InputError for what gymnasium raises: the id that is meant, or the package that is missing."""
+    if isinstance(error, ImportError | gym.error.DependencyNotInstalled):
+        spec, expected = gym.registry.get(env_id.rpartition(":")[2]), "expected that package"
+        latest = latest_versions()[spec.namespace, spec.name] if spec else ""
+        if spec and not latest.endswith(spec.id):
+            expected = f"expected its current version, {latest}"
+        elif isinstance(error, ModuleNotFoundError):
+            expected = "expected an installed module, or one in a folder of PYTHONPATH"
+        reason = one_line(" ".join(map(str, error.args))).rstrip(".")
+        return InputError(f"--env-id {env_id}: {reason}; {expected}")
+    return unknown_id(env_id, one_line(error), known_ids(), "a name like pointmaze-umaze-play, or a gymnasium id")
 
 
 def unknown_id(env_id, reason, ids, expected):
     """The InputError for an --env-id that is not among `ids`: with those that are like it, else with `expected`."""
-    near = difflib.get_close_matches(env_id, ids, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"expected {expected}"
-    return InputError(f"--env-id {env_id}: {reason}; {hint}")
-
-
-def no_opengl(error):
-    """The InputError for what a missing OpenGL library raises."""
-    return InputError(
-        f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: no OpenGL ({' '.join(str(error).split())}); expected Debian's "
-        "libegl1 and libgl1 for egl (the default), or libosmesa6 for osmesa"
-    )
+    names = {known.rpartition(":")[2]: known for known in ids}
+    near = difflib.get_close_matches(env_id.rpartition(":")[2], names, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(names[name] for name in near)}?" if near else f"expected {expected}"
+    return InputError(f"--env-id {env_id}: {reason.rstrip('.')}; {hint}")

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import InputError
-from envs import files, no_opengl, unknown_id
+from envs import files, opengl, unknown_id
 
 
 @contextlib.contextmanager
@@ -92,6 +92,7 @@ sim_robot.module.get_dm_mujoco = lambda: types.SimpleNamespace(
     Physics=KitchenPhysics, wrapper=dm_control.mujoco.wrapper
 )
 
+HOW_TO_REPLACE = "delete it, and it is downloaded again"
 IDS = tuple(name for name in d4rl.infos.DATASET_URLS if re.fullmatch(r"antmaze-.*-v2|kitchen-.*-v0", name))
 
 
@@ -184,10 +185,8 @@ class D4RL(gymnasium.Env):
         else:  # D4RL's own view
             self.camera.lookat, self.camera.azimuth, self.camera.elevation = (-0.2, 0.5, 2.0), 70, -35
             self.camera.distance = 2.2
-        try:
-            renderer = mujoco.Renderer(getattr(model, "ptr", model), 480, 480)  # dm_control's, or gym's
-        except mujoco.FatalError as error:
-            raise no_opengl(error) from error
+        opengl.context()
+        renderer = mujoco.Renderer(getattr(model, "ptr", model), 480, 480)  # dm_control's, or gym's
         for slow in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             renderer.scene.flags[slow] = False
         return renderer
@@ -231,7 +230,7 @@ def dataset_file(env_id):
 def download(url, path):
     """Write the HDF5 file at `url` to `path`, which stays missing unless it is complete. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{os.getpid()}-{path.name}.partial")
+    partial = files.partial_name(path)
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
             size = response.length
@@ -254,6 +253,7 @@ def read_dataset(env_id, path):
     Kitchen's files pay the number of tasks that are complete at a row, at every row, and mark the end of a
     demonstration as terminal whether or not it completed all four.
     NOTE(differs): kitchen ends where the reward is first 4, and what follows is dropped (released: one-step episodes).
+    NOTE(differs): a kitchen demonstration that ends incomplete is cut there (released: it runs into the next one).
     """
     if env_id.startswith("antmaze"):
         return files.read_dataset(path)

@@ -6,7 +6,9 @@ uint8 stands in place of O. What is wrong with a file is an InputError that name
 """
 
 import os
+import sys
 import tokenize
+import uuid
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common import InputError, stacked
+from common import InputError, mc_returns
 
 # the last one is optional
 DATASET_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
@@ -24,22 +26,44 @@ UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError)
 UNREADABLE += (zipfile.BadZipFile, zlib.error, tokenize.TokenError)
 
 
-def cached_file(name, generate):
-    """The npz file `name` in $PARL_CACHE (~/.cache/parl), written with the arrays of generate() where it is missing.
+def one_line(text):
+    """`text`, of an error or of a space, without its line breaks."""
+    return " ".join(str(text).split())
 
-    Raises InputError where that folder cannot be written.
+
+def cache_folder():
+    """$PARL_CACHE, or ~/.cache/parl: the datasets that were made here."""
+    return Path(os.environ.get("PARL_CACHE") or "~/.cache/parl").expanduser()
+
+
+def partial_name(path):
+    """Where to write the file `path` before it is whole. No other process, on no other machine, has the same."""
+    return path.with_name(f"{uuid.uuid4().hex}-{path.name}")
+
+
+def cached_file(name, generate):
+    """The npz file `name` in cache_folder(), written with the arrays of generate() where it is missing.
+
+    Raises InputError where that folder cannot be written, or is full.
     """
-    path = Path(os.environ.get("PARL_CACHE", "~/.cache/parl")).expanduser() / name
-    if not path.exists():
-        partial = path.with_name(f"{os.getpid()}-{path.name}")
+    try:
+        path = cache_folder() / name
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_name(path)
+        partial.touch()  # before generate() works for minutes
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        raise InputError(f"PARL_CACHE: {error}; expected a folder that can be written") from error
+    try:
+        arrays = generate()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.touch()  # before generate() works for minutes
-            partial.unlink()
+            np.savez_compressed(partial, **arrays)
+            partial.replace(path)
         except OSError as error:
-            raise InputError(f"PARL_CACHE: {error}; expected a folder that can be written") from error
-        np.savez_compressed(partial, **generate())
-        partial.replace(path)
+            raise InputError(f"PARL_CACHE: {error}; expected a folder with room for {name}") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -58,7 +82,7 @@ def read_dataset(path, optional=("next_observations",)):
         data = read_npz(path) if path.suffix == ".npz" else read_hdf5(path)
     except UNREADABLE as error:
         kind = "npz" if path.suffix == ".npz" else "HDF5"
-        raise InputError(f"{where}: cannot be read as {kind} ({error})") from error
+        raise InputError(f"{where}: cannot be read as {kind} ({one_line(error)})") from error
     if missing := [key for key in DATASET_KEYS if key not in data and key not in optional]:
         raise InputError(f"{where}: missing {', '.join(missing)}; found {', '.join(data) or 'none of the keys'}")
     return data
@@ -93,12 +117,23 @@ def check_dataset(data, path, obs_shape, low, high):
         if key in ("observations", "next_observations") and len(shape) > 2 and array.dtype != np.uint8:
             raise InputError(f"{where} has dtype {array.dtype}; expected images, uint8")
         if array.shape != shape:
-            source = "rewards and the policy's image size" if len(shape) > 2 else "rewards and the environment"
-            raise InputError(f"{where} has shape {array.shape}; expected {shape}, from {source}")
+            raise InputError(f"{where} has shape {array.shape}; expected {shape}, {shape_from(key, array, shape)}")
     actions, slack = data["actions"], 1e-3 * (high - low)
     bounds = " to ".join(f"[{', '.join(map(str, bound))}]" for bound in (low, high))
     bounds = f"expected within the environment's bounds {bounds}"
     refuse_rows(f"dataset {path}: actions", actions, (actions < low - slack) | (actions > high + slack), bounds)
+
+
+def shape_from(key, array, shape):
+    """Where the shape that was expected of a key's array is from; or what an array of another shape seems to hold."""
+    if len(shape) == 1:
+        return "one number a row"
+    if len(shape) > 2:
+        return "from rewards and the policy's image size"
+    window, rest = divmod(array.size, shape[0] * shape[1])
+    if key == "actions" and len(array) == shape[0] and window > 1 and not rest:
+        return f"not windows of {window} actions: store single steps, and pass --action-chunk {window}"
+    return "from rewards and the environment"
 
 
 def check_numbers(array, where):
@@ -116,7 +151,39 @@ def refuse_rows(where, array, bad, expected):
         raise InputError(f"{where}{list(index)} = {array[index]}; {expected}")
 
 
+def check_sparse(rewards, scale, bias, path):
+    """Raises InputError unless success, which is what pays most, pays 0 when scaled, and other steps cost."""
+    scaled, flags = rewards * scale, f"--reward-scale {float(scale)} --reward-bias"
+    most = f"dataset {path}: --sparse-reward with {flags} {float(bias)}: reward[{scaled.argmax()}]"
+    if (scaled + bias).max() > 0:
+        expected = f"expected success to pay 0: {flags} {float(0 - scaled.max())}"
+        raise InputError(f"{most} = {float((scaled + bias).max())}; {expected}")
+    if (scaled + bias).min() == 0:
+        expected = f"expected each step before success to cost: {flags} {float(bias - 1)}"
+        raise InputError(f"{most} = 0.0, as every other; {expected}")
+
+
+def find_terminals(data, sparse, path):
+    """The terminals (N,) bool of a dataset with scaled rewards: the file's, and where rewards are sparse each success.
+    Warns, on stderr, of what makes little sense to learn from."""
+    rewards, terminals = data["rewards"], data["terminals"].astype(bool)
+    if sparse:
+        if (terminals & (rewards < 0)).any():
+            hint = "a failure that ends an episode costs one step, which pays; let it go on to its time limit"
+            print(f"warning: {path}: terminals without success, with --sparse-reward: {hint}", file=sys.stderr)
+        terminals = terminals | (rewards >= 0)
+    if sparse and rewards.max() < 0:
+        hint = "no success anywhere: no reward * scale + bias reaches 0; expected success to pay 0"
+        print(f"warning: {path}: {hint}", file=sys.stderr)
+    elif not terminals.any():
+        hint = "no terminal anywhere: every episode counts as one cut short by a time limit"
+        print(f"warning: {path}: {hint}", file=sys.stderr)
+    return terminals
+
+
 # ======================================== SPLITTING ========================================
+
+JUMP = 1e-6  # more than this between a row's next observation and the next row's, and an episode has ended
 
 
 def split_episodes(data):
@@ -126,17 +193,69 @@ def split_episodes(data):
     Without next_observations in the file they are the following rows, at a terminal the row itself (no value follows);
     at a timeout, and at the end of the file, none is known and the transition is dropped.
     NOTE(differs): the last transition is kept when its next observation is known (released: always dropped).
+    NOTE(differs): a terminal row's next observation is, if not in the file, its own (released: the next episode's).
+    NOTE(differs): a row both terminal and timeout is a terminal (released: dropped).
     """
     observations, terminals = data["observations"], data["terminals"].astype(bool)
     ends = terminals | data["timeouts"].astype(bool)
     ends[-1] = True
     if "next_observations" in data:
         next_observations, known = data["next_observations"], np.ones(len(ends), bool)
-        following, expected = (stacked(rows) for rows in (observations[1:], next_observations[:-1]))  # of one precision
-        ends[:-1] |= np.linalg.norm((following - expected).reshape(len(ends) - 1, -1), axis=1) > 1e-6
+        ends[:-1] |= jumps(data) > JUMP
     else:
         following, known = np.concatenate([observations[1:], observations[-1:]]), terminals | ~ends
         next_observations = np.where(terminals.reshape(-1, *[1] * (observations.ndim - 1)), observations, following)
     stops = np.flatnonzero(ends) + 1
     starts, stops = np.concatenate([[0], stops[:-1]]), np.where(known[stops - 1], stops, stops - 1)
     return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > start], next_observations
+
+
+def jumps(data):
+    """(N - 1,) how far each row's observation is from the next one of the row before it."""
+    rows = (data["observations"][1:], data["next_observations"][:-1])
+    following, expected = (part.astype(np.float32, copy=False) for part in rows)  # of one precision
+    return np.linalg.norm((following - expected).reshape(len(following), -1), axis=1)
+
+
+def add_episodes(buffer, data, discount, sparse):
+    """Adds the episodes of a dataset, its actions in [-1, 1] and its rewards scaled, with their returns-to-go. Returns
+    their (start, stop)."""
+    episodes, next_observations = split_episodes(data)
+    for start, stop in episodes:
+        rewards, masks = data["rewards"][start:stop], 1.0 - data["terminals"][start:stop]
+        returns = mc_returns(rewards, masks, discount, sparse)
+        observations = np.concatenate([data["observations"][start:stop], next_observations[stop - 1 : stop]])
+        buffer.add_episode(observations, data["actions"][start:stop], rewards, masks, returns)
+    return episodes
+
+
+def describe(data, episodes, raw_rewards, sparse, path):
+    """Prints what was loaded, raw_rewards (N,) being the file's. Success is the end where the scaled reward is 0 if
+    rewards are sparse, else an end that pays. Warns where most transitions are episodes of their own."""
+    starts, stops = np.array(episodes).T
+    num_steps, ends = (stops - starts).sum(), stops - 1
+    pays = data["rewards"][ends] >= 0 if sparse else raw_rewards[ends] > 0
+    mean_return = np.mean([raw_rewards[start:stop].sum() for start, stop in episodes])
+    print(
+        f"dataset {path}: {num_steps} transitions of {len(raw_rewards)} rows; {len(episodes)} episodes of "
+        f"{num_steps / len(episodes):.1f} steps, {(data['terminals'][ends] & pays).mean():.0%} successful, mean return "
+        f"{mean_return:.4g}"
+    )
+    if 2 * len(episodes) > num_steps:
+        warn_of_breaks(data, sparse, path)
+
+
+def warn_of_breaks(data, sparse, path):
+    """Says on stderr why most transitions end an episode: the check that most rows fail, and by how much."""
+    broken = jumps(data) if "next_observations" in data else np.zeros(0)
+    broken = broken[broken > JUMP]
+    far = f"{np.median(broken):.3g} in the median, {broken.max():.3g} at most" if len(broken) else ""
+    jump = f"next_observations are not what the next row observes (distance {far}; expected up to {JUMP:g}): leave "
+    jump += "them out, or write what the action led to; for windows of h actions, store steps and pass --action-chunk h"
+    causes = [(len(broken), jump), (np.count_nonzero(data["timeouts"]), "timeouts are set; expected at time limits")]
+    if sparse:
+        success = "reward * scale + bias is 0, success; expected each step before it to cost"
+        causes.append((np.count_nonzero(data["rewards"] >= 0), success))
+    causes.append((np.count_nonzero(data["terminals"]), "terminals are set; expected where an episode ended"))
+    count, cause = max(causes, key=lambda pair: pair[0])
+    print(f"warning: dataset {path}: most transitions end an episode: in {count} rows {cause}", file=sys.stderr)

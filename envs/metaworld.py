@@ -6,27 +6,16 @@ motion of the hand's target in cm per step of 12.5 ms, force of the gripper. Dem
 scripted experts; camera images come from `make_images` and `demonstrations`.
 """
 
-import atexit
-import functools
-import importlib
-import os
-import sys
 import warnings
 
 import gymnasium as gym
+import mujoco
 import numpy as np
+from metaworld.env_dict import ENV_CLS_MAP
+from metaworld.policies import ENV_POLICY_MAP
 from tqdm import tqdm
 
-from envs import files, no_opengl, unknown_id
-
-try:
-    import mujoco  # loads OpenGL where MUJOCO_GL names its kind
-    from metaworld.env_dict import ENV_CLS_MAP
-    from metaworld.policies import ENV_POLICY_MAP
-except ModuleNotFoundError:  # the caller's to report
-    raise
-except (ImportError, AttributeError, RuntimeError) as error:
-    raise no_opengl(error) from error
+from envs import files, opengl, unknown_id
 
 INSTRUCTIONS = {  # task: what a language-conditioned policy is told
     "assembly": "put the ring onto the peg",
@@ -141,23 +130,6 @@ class MetaWorld(gym.Wrapper):
         return self.camera.image()
 
 
-@functools.cache
-def opengl_context():
-    """One off-screen OpenGL context for every camera, of the kind MUJOCO_GL says: egl (the default), osmesa, glfw.
-
-    With one each, a camera that is deleted would take down the textures and buffers of the one in use.
-    Raises InputError where OpenGL is missing.
-    """
-    backend = os.environ.get("MUJOCO_GL") or ("egl" if sys.platform == "linux" else "glfw")
-    try:
-        context = importlib.import_module(f"mujoco.{backend}").GLContext(VIDEO_SIZE, VIDEO_SIZE)
-        context.make_current()
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise no_opengl(error) from error
-    atexit.register(context.free)  # before EGL shuts down, or it complains
-    return context
-
-
 class Camera:
     """Images of a simulation, drawn off screen. Raises InputError where OpenGL is missing.
 
@@ -168,7 +140,7 @@ class Camera:
         self.model, self.data = model, data
         model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
         model.vis.global_.offwidth = model.vis.global_.offheight = size
-        opengl_context().make_current()
+        opengl.context().make_current()
         self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         self.scene, self.options = mujoco.MjvScene(model, 1000), mujoco.MjvOption()
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
@@ -179,7 +151,7 @@ class Camera:
 
     def image(self):
         """The scene as it is now, (size, size, 3) uint8, the top row first."""
-        opengl_context().make_current()
+        opengl.context().make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         scene = (self.model, self.data, self.options, self.perturbation, self.view, mujoco.mjtCatBit.mjCAT_ALL)
         mujoco.mjv_updateScene(*scene, self.scene)
@@ -214,7 +186,7 @@ def make(env_id, render=False, repeat=1):
     """
     env = MetaWorld(task_of(env_id), repeat)
     if render:
-        opengl_context()
+        opengl.context()
     return gym.wrappers.TimeLimit(env, TIME_LIMIT // repeat)
 
 

@@ -1,7 +1,7 @@
 """Minari's datasets (https://minari.farama.org) and the environments they were recorded in: --env-id minari:ID.
 
-Dict observations are flattened in the order of gymnasium's `spaces.flatten`, that of the space's keys, here as in the
-environment. Datasets are looked for in $MINARI_DATASETS_PATH (~/.minari/datasets), else downloaded by minari.
+Dict and Tuple observations are flattened in gymnasium's order, that of `spaces.flatten`, here as in the environment.
+Datasets are looked for in $MINARI_DATASETS_PATH (~/.minari/datasets), else downloaded by minari.
 """
 
 import gymnasium as gym
@@ -9,7 +9,7 @@ import minari
 import numpy as np
 
 from common import InputError
-from envs import files
+from envs import files, make_gymnasium
 
 IDS = ()  # Minari has the list
 
@@ -20,14 +20,20 @@ def load(env_id):
         return minari.load_dataset(env_id.removeprefix("minari:"), download=True)
     except Exception as error:  # minari's, h5py's, and those of its clients for download have no class in common
         expected = f"expected a dataset of Minari (present: {', '.join(minari.list_local_datasets()) or 'none'})"
-        raise InputError(f"--env-id {env_id}: {error}; {expected}") from error
+        raise InputError(f"--env-id {env_id}: {files.one_line(error)}; {expected}") from error
 
 
 def make(env_id, render=False):
-    """The environment that the dataset was recorded in. Raises InputError where the dataset does not name one."""
-    if load(env_id).env_spec is None:
+    """The environment that the dataset was recorded in. Raises InputError where the dataset names none, and where that
+    cannot be made."""
+    dataset = load(env_id)
+    if dataset.env_spec is None:
         raise InputError(f"--env-id {env_id}: this dataset names no environment; expected one with an env_spec")
-    return load(env_id).recover_environment(**({"render_mode": "rgb_array"} if render else {}))
+    try:
+        return make_gymnasium(dataset.recover_environment, render)
+    except (gym.error.Error, ImportError) as error:
+        reason = f"its environment {dataset.env_spec.id}: {files.one_line(error)}"
+        raise InputError(f"--env-id {env_id}: {reason}; expected the package that has it, installed") from error
 
 
 def dataset_file(env_id):
@@ -39,19 +45,38 @@ def dataset_file(env_id):
 
 
 def read_dataset(env_id, path):
-    """The arrays of envs/files.py; each episode of Minari's is one here. Any other `path` is a plain file."""
+    """The arrays of envs/files.py; each episode of Minari's is one here. Any other `path` is a plain file.
+
+    Raises InputError naming episode, key and step.
+    """
     if path != dataset_file(env_id):
         return files.read_dataset(path)
-    dataset, episodes = load(env_id), []
-    for episode in dataset.iterate_episodes():
-        states = flatten(dataset.observation_space, episode.observations).astype(np.float32)  # (L + 1, O)
-        last = np.arange(1, len(states)) == len(episode)
-        episodes.append((states[:-1], episode.actions, episode.rewards, episode.terminations, last, states[1:]))
-    return dict(zip(files.DATASET_KEYS, map(np.concatenate, zip(*episodes, strict=True)), strict=True))
+    dataset = load(env_id)
+    space, bounds, stored, episodes = dataset.observation_space, dataset.action_space, dataset.iterate_episodes(), []
+    for index in dataset.episode_indices:
+        where = f"{path}: episode {index}"
+        try:
+            episodes.append(arrays(space, next(stored)))
+        except (*files.UNREADABLE, AssertionError, IndexError) as error:
+            reason = f"cannot be read ({type(error).__name__}: {files.one_line(error)})"
+            expected = f"actions, rewards, terminations, truncations and observations of {files.one_line(space)}"
+            raise InputError(f"dataset {where}: {reason}; expected {expected}") from error
+        files.check_dataset(episodes[-1], where, (gym.spaces.flatdim(space),), bounds.low, bounds.high)
+    return {key: np.concatenate([episode[key] for episode in episodes]) for key in files.DATASET_KEYS}
+
+
+def arrays(space, episode):
+    """The arrays of envs/files.py of one episode of Minari's."""
+    states = flatten(space, episode.observations).astype(np.float32)  # (L + 1, O)
+    last = np.arange(1, len(states)) == len(episode)
+    columns = (states[:-1], episode.actions, episode.rewards, episode.terminations, last, states[1:])
+    return dict(zip(files.DATASET_KEYS, columns, strict=True))
 
 
 def flatten(space, values):
     """gym.spaces.flatten of L + 1 elements of `space` at once, -> (L + 1, O)."""
     if isinstance(space, gym.spaces.Dict):
         return np.concatenate([flatten(part, values[key]) for key, part in space.items()], 1)
+    if isinstance(space, gym.spaces.Tuple):
+        return np.concatenate([flatten(part, value) for part, value in zip(space, values, strict=True)], 1)
     return np.stack([gym.spaces.flatten(space, value) for value in values])

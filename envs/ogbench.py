@@ -19,7 +19,6 @@ import warnings
 from pathlib import Path
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import ogbench
 from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
@@ -29,7 +28,7 @@ from ogbench.utils import DATASET_URL
 from tqdm import tqdm
 
 from common import InputError
-from envs import files, no_opengl, unknown_id
+from envs import files, opengl, unknown_id
 
 DATASET_KINDS = {
     "pointmaze": ("navigate", "stitch"),
@@ -46,6 +45,8 @@ IDS = tuple(
     if "-singletask" in environment
     for kind in DATASET_KINDS.get(environment.split("-")[0], ())  # none for visual-*: images, not states
 )
+
+HOW_TO_REPLACE = f"OGBench has it at {DATASET_URL}"
 
 EPISODE_STEPS = 1000  # of made data, as in OGBench's
 MADE_EPISODES = {r"cube-\w+-(play|noisy)-.*": 200, r"pointmaze-(medium|large|giant)-navigate-.*": 100}
@@ -107,14 +108,12 @@ def make(env_id, render=False):
     scene, _, task = parts(env_id)
     env = SingleTask(make_ogbench(f"{scene}-singletask{task}-v0", width=224, height=224))
     if render:
+        opengl.context()
         env.reset(seed=0)
         inner, is_arm = env.unwrapped, scene.startswith(("cube", "scene", "puzzle"))
         model = inner._model if is_arm else inner.model
         model.vis.quality.offsamples, model.light_castshadow[:], model.mat_reflectance[:] = 0, 0, 0  # slow in software
-        try:
-            env.render()
-        except mujoco.FatalError as error:
-            raise no_opengl(error) from error
+        env.render()
         renderer = inner._renderer if is_arm else inner.custom_renderer
         atexit.register(renderer.close)  # OpenGL is gone when the interpreter collects it
     return env
@@ -122,9 +121,10 @@ def make(env_id, render=False):
 
 def make_ogbench(name, **options):
     """OGBench's own environment `name`, without its warnings and without the file that a maze leaves behind."""
-    warnings.filterwarnings("ignore", ".*DISPLAY environment variable is missing")
+    warnings.filterwarnings("ignore", ".*DISPLAY environment variable is missing|.*Failed to open display")
     warnings.filterwarnings("ignore", ".*precision lowered by casting")
-    env = gym.make(name, disable_env_checker=True, **options)
+    with opengl.optional():
+        env = gym.make(name, disable_env_checker=True, **options)
     if model_file := getattr(env.unwrapped, "fullpath", None):
         os.remove(model_file)
     return env
@@ -140,7 +140,7 @@ def dataset_file(env_id):
     """
     scene, kind, _ = parts(env_id)
     name = f"{scene}-{kind}-v0.npz"
-    path = Path(os.environ.get("OGBENCH_DATASET_DIR", "~/.ogbench/data")).expanduser() / name
+    path = Path(os.environ.get("OGBENCH_DATASET_DIR") or "~/.ogbench/data").expanduser() / name
     if path.is_file():
         return path
     num_episodes = next((number for pattern, number in MADE_EPISODES.items() if re.fullmatch(pattern, env_id)), None)
@@ -166,8 +166,9 @@ def read_dataset(env_id, path):
     except InputError:  # of check_rows
         raise
     except (*files.UNREADABLE, IndexError) as error:
+        reason = f"cannot be read as OGBench's ({files.one_line(error)})"
         expected = "expected its npz with observations, actions, terminals and qpos"
-        raise InputError(f"dataset {path}: cannot be read as OGBench's ({error}); {expected}") from error
+        raise InputError(f"dataset {path}: {reason}; {expected}") from error
     success = data["masks"] == 0
     kept = {key: data[key] for key in ("observations", "actions", "rewards", "next_observations")}
     return kept | {"terminals": success, "timeouts": data["terminals"].astype(bool) & ~success}

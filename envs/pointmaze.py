@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-from envs import files, unknown_id
+from envs import files, opengl, unknown_id
 
 # name: (gymnasium-robotics map, start cell, goal cell, steps to the time limit, transitions of the embedded dataset)
 POINTMAZES = {
@@ -44,7 +44,7 @@ class PointMaze(gym.Wrapper):
     """
 
     def __init__(self, env_id):
-        with contextlib.redirect_stderr(io.StringIO()):  # importing it prints a notice on other environments
+        with opengl.optional(), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice on other environments
             from gymnasium_robotics.envs.maze import maps, point_maze
 
         layout, self.start_cell, self.goal_cell, _, _ = POINTMAZES[env_id]

@@ -9,16 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parallel import ROOT
 
 import common
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("parl_*.py"))
-PARALLEL = ["parl_diffusion", "parl_gaussian", "parl_transformer"]  # the same but for their policy
+POLICIES = {
+    "parl_gaussian": "GaussianPolicy",
+    "parl_diffusion": "DiffusionPolicy",
+    "parl_transformer": "TransformerPolicy",
+    "parl_openvla": "OpenVLAPolicy",
+}
 
 torch.set_num_threads(1)
 if ctypes.util.find_library("EGL"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # what make_env(render=True) does, before any test imports MuJoCo
+    os.environ.setdefault("MUJOCO_GL", "egl")  # what envs.make(render=True) does, before any test imports MuJoCo
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,3 +69,13 @@ def run_here(script, *flags):
         sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def snippet(marker):
+    """The Python code that contains `marker` and that users are shown: in README.md, else in a page of docs/."""
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        blocks = [block.split("```")[0] for block in page.read_text().split("```python\n")[1:]]
+        if found := [block for block in blocks if marker in block]:
+            (code,) = found
+            return code
+    raise AssertionError(f"no Python block in README.md or docs/ contains {marker}")

@@ -1,11 +1,15 @@
 """What envs.make does with any environment: its observations, its actions, its end, and what it refuses."""
 
+import ctypes.util
+import os
+import subprocess
 import sys
 
 import countdown  # noqa: F401  registers Countdown-v0
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import common
 import envs
@@ -46,6 +50,120 @@ def test_a_sparse_episode_ends_at_its_first_success():
         assert episode["masks"].tolist() == [1.0] * (length - 1) + [0.0 if sparse else 1.0]
 
 
+class Told(gym.Env):
+    """Observes its space's zeros, and answers each step with `outcome`: reward, terminated, info."""
+
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, space=None, outcome=(0.0, False, {})):
+        self.observation_space, self.outcome = space or gym.spaces.Box(-1, 1, (2,)), outcome
+
+    def reset(self, *, seed=None, options=None):
+        return gym.spaces.utils.create_zero_array(self.observation_space), {}
+
+    def step(self, action):
+        reward, terminated, info = self.outcome
+        return self.reset()[0], reward, terminated, False, info
+
+
+def make_told(monkeypatch, *told, **how):
+    spec = gym.envs.registration.EnvSpec("Told-v0", lambda: Told(*told), max_episode_steps=9, disable_env_checker=True)
+    monkeypatch.setitem(gym.registry, "Told-v0", spec)
+    return envs.make("Told-v0", **how)
+
+
+@pytest.mark.parametrize(
+    ("reward", "terminated", "info", "success"),
+    [
+        (1.0, True, {}, True),
+        (0.0, True, {}, False),  # an end that pays nothing is a failure
+        (-1.0, True, {}, False),
+        (1.0, False, {}, False),
+        (0.0, True, {"is_success": True}, True),
+        (1.0, True, {"is_success": False}, False),
+        (1.0, True, {"success": False, "is_success": True}, False),
+        (0.0, False, {"success": np.bool_(True)}, True),
+    ],
+)
+def test_what_counts_as_success(reward, terminated, info, success, monkeypatch):
+    env = make_told(monkeypatch, None, (reward, terminated, info))
+    env.reset(seed=0)
+    assert env.step(np.zeros(1, np.float32))[4]["success"] is success
+
+
+def test_a_reward_is_one_number(monkeypatch):
+    for reward in (np.array([0.5]), np.float32(0.5), 0.5):
+        env = make_told(monkeypatch, None, (reward, False, {}))
+        env.reset(seed=0)
+        assert type(env.step(np.zeros(1, np.float32))[1]) is float
+    env = make_told(monkeypatch, None, (np.zeros(2), False, {}))
+    env.reset(seed=0)
+    with pytest.raises(InputError, match=r"^--env-id Told-v0: its reward is \[0\. 0\.\]; expected one number$"):
+        env.step(np.zeros(1, np.float32))
+
+
+IMAGE, VECTOR = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), gym.spaces.Box(-1, 1, (2,))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        IMAGE,
+        gym.spaces.Dict(camera=IMAGE, state=VECTOR),
+        gym.spaces.Dict(robot=gym.spaces.Dict(camera=IMAGE)),
+        gym.spaces.Tuple((VECTOR, IMAGE)),
+        gym.spaces.Box(0, 255, (8, 8), np.uint8),  # grey
+        gym.spaces.Box(0, 255, (4, 8, 8, 3), np.uint8),  # a stack
+        gym.spaces.Box(0, 1, (3, 20, 20), np.float32),
+    ],
+)
+def test_images_are_refused_where_vectors_are_read(space, monkeypatch):
+    """They were flattened, and trained on as so many numbers."""
+    with pytest.raises(InputError, match=r"--env-id Told-v0: observations with images, .*parl_openvla\.py$") as error:
+        make_told(monkeypatch, space)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("space", [gym.spaces.Sequence(VECTOR), gym.spaces.Dict(a=gym.spaces.Sequence(VECTOR))])
+def test_observations_of_any_length_are_refused(space, monkeypatch):
+    with pytest.raises(InputError, match=r"--env-id Told-v0: observations .*Sequence.*; expected a fixed number of"):
+        make_told(monkeypatch, space)
+
+
+def test_matrices_and_bytes_are_no_images(monkeypatch):
+    spaces = {"rotations": gym.spaces.Box(-1, 1, (7, 3, 3)), "bytes": gym.spaces.Box(0, 255, (5,), np.uint8)}
+    space = gym.spaces.Dict(**spaces, pair=gym.spaces.Tuple((VECTOR, gym.spaces.Discrete(3))))
+    assert make_told(monkeypatch, space).observation_space.shape == (63 + 5 + 2 + 3,)
+
+
+def test_an_image_is_an_array_of_its_own(monkeypatch):
+    """An environment may draw into one buffer again and again; also where the image has the policy's size."""
+    for size in (8, 4):
+        env = make_told(monkeypatch, gym.spaces.Dict(image=IMAGE), image_size=size)
+        drawn = {"image": np.zeros((8, 8, 3), np.uint8)}
+        env.unwrapped.reset = lambda drawn=drawn, **_: (drawn, {})
+        first, _ = env.reset(seed=0)
+        drawn["image"][:] = 255
+        second = env.step(np.zeros(1, np.float32))[0]
+        assert first.shape == second.shape == (size, size, 3) and first.max() == 0 and second.min() == 255
+
+
+@pytest.mark.parametrize("env_id", ONE_OF_EACH[:-1])
+def test_families_neither_change_an_action_nor_what_they_returned(env_id):
+    """Those that make data here store both."""
+    env, rng = envs.family_module(env_id).make(env_id), np.random.default_rng(0)
+    returned = [env.reset(seed=0)[0]]
+    before = [returned[0].copy()]
+    for _ in range(3):
+        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        sent = action.copy()
+        returned.append(env.step(action)[0])
+        before.append(returned[-1].copy())
+        np.testing.assert_array_equal(action, sent)
+    np.testing.assert_array_equal(returned, before)
+    assert all((before[i] != before[i + 1]).any() for i in range(3))
+
+
 @pytest.mark.parametrize(
     "space",
     [
@@ -53,6 +171,7 @@ def test_a_sparse_episode_ends_at_its_first_success():
         gym.spaces.Box(np.float32([-1, 0.5]), np.float32([1, 0.5])),
         gym.spaces.Box(-1, np.inf, (2,)),
         gym.spaces.Box(-1, 1, (2, 2)),
+        gym.spaces.Box(np.linspace(-2, -1, 40, dtype=np.float32), np.inf, (40,)),  # several lines when printed
         gym.spaces.Discrete(3),
     ],
 )
@@ -60,8 +179,9 @@ def test_action_spaces_that_cannot_be_rescaled(space, monkeypatch):
     monkeypatch.setitem(gym.registry, "Odd-v0", gym.envs.registration.EnvSpec("Odd-v0", entry_point=lambda: env))
     env = gym.Env()
     env.action_space, env.observation_space = space, gym.spaces.Box(-1, 1, (3,))
-    with pytest.raises(InputError, match=r"--env-id Odd-v0: its action space is .*; expected a bounded Box"):
+    with pytest.raises(InputError, match=r"--env-id Odd-v0: its action space is .*; expected a bounded Box") as error:
         envs.make("Odd-v0")
+    assert "\n" not in str(error.value)
 
 
 def test_gymnasium_robotics_does_without_mujoco_py():
@@ -89,3 +209,159 @@ def test_every_family_has_a_module():
         assert all(hasattr(module, name) for name in ("IDS", "make", "dataset_file", "read_dataset"))
         assert env_id in module.IDS or env_id.startswith("minari:")
     assert envs.family_module("Pendulum-v1") is None
+
+
+# ---------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("Hopper-v2", "; expected its current version, Hopper-v5$"),
+        ("Humanoid-v3", "; expected its current version, Humanoid-v5$"),
+        ("gymnasium_robotics:FetchReach-v1", "; expected its current version, gymnasium_robotics:FetchReach-v4$"),
+        ("Pendulum-v0", "use `Pendulum-v1` instead; did you mean Pendulum-v1"),
+        ("Hopper-v9", r"; did you mean Hopper-v5\?$"),  # not its retired versions as well
+        ("HandReach-v3", r"; did you mean gymnasium_robotics:HandReach-v3"),
+        ("phys2d/Pendulum-v0", "No module named 'jax'; expected an installed module"),
+        ("no_such_module:Robot-v0", "No module named 'no_such_module'.*; expected an installed module"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is out of date")
+def test_ids_that_gymnasium_cannot_make(env_id, message, monkeypatch):
+    """The id that is meant, or the package that is missing; in a process that has not seen gymnasium-robotics yet."""
+    for name in [name for name, spec in gym.registry.items() if "gymnasium_robotics" in str(spec.entry_point)]:
+        if ":" not in env_id:
+            monkeypatch.delitem(gym.registry, name)
+    with pytest.raises(InputError, match=rf"^--env-id {env_id}: .*{message}") as error:
+        envs.make(env_id)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("env_id", ["CarRacing-v3", "BipedalWalker-v3", "LunarLanderContinuous-v3"])
+def test_a_package_that_gymnasium_needs_is_named(env_id, monkeypatch):
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    for module in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(InputError, match=rf"^--env-id {env_id}: Box2D .*pip install .*; expected that package$"):
+        envs.make(env_id)
+
+
+def test_a_package_for_drawing_is_named_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pygame", None)
+    envs.make("Pendulum-v1")
+    with pytest.raises(InputError, match=r"^--env-id Pendulum-v1: pygame is not installed.*; expected that package$"):
+        envs.make("Pendulum-v1", render=True)
+
+
+def test_a_robot_is_not_moved_when_it_is_made(monkeypatch):
+    """Drawing is tried in gymnasium's own simulators alone."""
+
+    class Robot(Told):
+        metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+        def __init__(self, render_mode=None):
+            super().__init__()
+            self.render_mode = render_mode
+
+        def reset(self, **_):
+            raise AssertionError
+
+    monkeypatch.setitem(gym.registry, "Robot-v0", gym.envs.registration.EnvSpec("Robot-v0", Robot))
+    assert envs.make("Robot-v0", render=True).unwrapped.render_mode == "rgb_array"
+
+
+# ---------------------------------------------------------------- OpenGL, in processes of their own: it is loaded once
+
+NO_OSMESA = pytest.mark.skipif(bool(ctypes.util.find_library("OSMesa")), reason="libosmesa6 is there")
+NEEDS_EGL = pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="needs libegl1")
+DRAWN = ["metaworld-door-open", "antmaze-umaze-v2", "kitchen-mixed-v0", "InvertedPendulum-v5"]
+DRAWN += ["cube-single-noisy-singletask-task1-v0", "gymnasium_robotics:FetchReach-v4"]
+
+
+def run_with(code, **variables):
+    """stdout of Python code where of DISPLAY and MUJOCO_GL only `variables` are set; stderr has no warning or error."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MUJOCO_GL")}
+    command = [sys.executable, "-c", f"import envs, common, sys\n{code}"]
+    result = subprocess.run(command, env=environment | variables, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "Error" not in result.stderr and "Exception" not in result.stderr, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        pytest.param({"MUJOCO_GL": "osmesa"}, marks=NO_OSMESA),
+        {"MUJOCO_GL": "nonsense"},
+        {"MUJOCO_GL": "disable"},
+        {"MUJOCO_GL": "", "DISPLAY": ""},
+        {"DISPLAY": ":77"},
+    ],
+)
+def test_what_draws_nothing_needs_no_opengl(variables):
+    """PointMaze also draws without it."""
+    code = f"""
+image = (env := envs.make("pointmaze-umaze-play", render=True)).reset(seed=0) and env.render()
+assert image.std() > 20
+for env_id in {DRAWN}:
+    envs.make(env_id).reset(seed=0)
+assert envs.family_module("minari:any").IDS == ()
+"""
+    assert run_with(code, **variables) == ""
+
+
+@NEEDS_EGL
+@pytest.mark.parametrize(
+    "variables", [{}, {"DISPLAY": ""}, {"DISPLAY": ":77"}, {"MUJOCO_GL": ""}, {"MUJOCO_GL": "EGL"}]
+)
+def test_egl_draws_without_a_display(variables):
+    """Also after MuJoCo was imported for an environment that is not drawn."""
+    code = f"""
+for env_id in {DRAWN}:
+    envs.make(env_id)
+    env = envs.make(env_id, render=True)
+    env.reset(seed=0)
+    assert env.render().std() > 10, env_id
+    env.close()
+image = envs.make("metaworld-door-open", image_size=16).reset(seed=0)[0]
+assert image.shape == (16, 16, 3) and image.std() > 10
+"""
+    assert run_with(code, **variables) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        pytest.param("osmesa", "its library is not there", marks=NO_OSMESA),
+        ("glfw", "an OpenGL platform library"),
+        ("nonsense", "there is no such kind"),
+        ("disable", "there is no such kind"),
+    ],
+)
+def test_opengl_that_is_not_there_is_one_line_that_names_the_variable(kind, reason):
+    code = f"""
+for env_id in {DRAWN}:
+    for how in [dict(render=True)] + [dict(image_size=16)] * env_id.startswith("metaworld"):
+        try:
+            envs.make(env_id, **how)
+        except common.InputError as error:
+            print(error)
+"""
+    lines = run_with(code, MUJOCO_GL=kind, DISPLAY=":77").splitlines()
+    expected = "expected egl (the default; Debian's libegl1 and libgl1), osmesa (libosmesa6), or glfw with a display"
+    assert len(lines) == len(DRAWN) + 1
+    assert all(line.startswith(f"MUJOCO_GL={kind}: no OpenGL ({reason}") and line.endswith(expected) for line in lines)
+
+
+def test_no_opengl_at_all_is_one_line():
+    """A machine without any of the libraries, as this looks to Python."""
+    code = """
+import ctypes.util
+ctypes.util.find_library = lambda name: None
+envs.make("metaworld-door-open").reset(seed=0)
+try:
+    envs.make("metaworld-door-open", image_size=16)
+except common.InputError as error:
+    print(error)
+"""
+    assert run_with(code).startswith("MUJOCO_GL=glfw: no OpenGL (")

@@ -1,5 +1,8 @@
 """Dataset files: what is refused and how, how episodes are split, what load_dataset makes of them."""
 
+import os
+import re
+import resource
 import zipfile
 
 import gymnasium as gym
@@ -66,7 +69,17 @@ BAD_DATA = {
         "0 transitions",
     ),
     "another observation size": (dict(observations=lambda x: x[:, :3]), r"\(40, 3\); expected \(40, 4\)"),
-    "another action size": (dict(actions=lambda x: x[:, :1]), r"\(40, 1\); expected \(40, 2\)"),
+    "another action size": (dict(actions=lambda x: x[:, :1]), r"\(40, 1\); expected \(40, 2\), from rewards and"),
+    "rewards in a column": (dict(rewards=lambda x: x[:, None]), r"rewards has shape \(40, 1\); .* one number a row"),
+    "windows of actions": (
+        dict(actions=lambda x: np.stack([x] * 8, 1)),
+        r"actions has shape \(40, 8, 2\); expected \(40, 2\), .*store single steps, and pass --action-chunk 8$",
+    ),
+    "windows of actions, flat": (
+        dict(actions=lambda x: np.concatenate([x] * 3, 1)),
+        r"actions has shape \(40, 6\); expected \(40, 2\), .*store single steps, and pass --action-chunk 3$",
+    ),
+    "twice as many actions": (dict(actions=lambda x: np.concatenate([x, x])), r"\(80, 2\); .*, from rewards and"),
 }
 
 
@@ -139,15 +152,110 @@ def test_scaled_rewards_are_finite(tmp_path):
         envs.load_dataset("pointmaze-umaze-play", path, 1e200)
 
 
+def test_a_home_directory_in_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_dataset(tmp_path / "data.npz")
+    assert len(envs.load_dataset("pointmaze-umaze-play", "~/data.npz")) == 40
+
+
+# ---------------------------------------------------------------- the cache
+
+
 def test_a_file_that_was_made_here_can_be_deleted(tmp_path, monkeypatch):
     monkeypatch.setenv("PARL_CACHE", str(tmp_path))
     path = envs.dataset_file("pointmaze-umaze-play")
     path.write_text("half")
-    with pytest.raises(InputError, match=rf"dataset {path}: cannot be read.*; delete it, and it is made"):
+    with pytest.raises(InputError, match=rf"dataset {path}: cannot be read.*; delete it, and it is made again$"):
         envs.load_dataset("pointmaze-umaze-play")
-    monkeypatch.setenv("PARL_CACHE", str(path))  # a file
-    with pytest.raises(InputError, match=r"PARL_CACHE: .*; expected a folder that can be written"):
-        envs.dataset_file("pointmaze-umaze-play")
+    with pytest.raises(InputError, match=rf"dataset {path}: cannot be read[^;]*$"):  # the user's own
+        envs.load_dataset("pointmaze-umaze-play", path)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", "/proc/no"):
+        monkeypatch.setenv("PARL_CACHE", str(folder))
+        with pytest.raises(InputError, match=r"^PARL_CACHE: .*; expected a folder that can be written$") as error:
+            envs.dataset_file("pointmaze-umaze-play")
+        assert "\n" not in str(error.value)
+    monkeypatch.setenv("PARL_CACHE", "")  # is not the working directory
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_folder() == tmp_path / ".cache" / "parl"
+
+
+@pytest.mark.parametrize("error", [None, OSError("the generator's own")])
+def test_a_full_cache(error, tmp_path, monkeypatch):
+    """The disk is full when the data have been made: one line, and nothing half-written stays there. What fails while
+    they are made is no matter of the cache."""
+
+    def generate():
+        if error:
+            raise error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return {"observations": np.random.default_rng(0).random(10_000)}
+
+    monkeypatch.setenv("PARL_CACHE", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises((InputError, OSError), match="own" if error else "with room for data.npz$") as raised:
+            files.cached_file("data.npz", generate)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(raised.value, InputError) == (error is None) and "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_of_one_id_write_files_of_their_own(tmp_path, monkeypatch):
+    """In two containers that share a cache. The second begins, and ends, while the first is at work."""
+    monkeypatch.setenv("PARL_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    seen = []
+
+    def generate():
+        seen.append({path.name for path in tmp_path.iterdir()})
+        if len(seen) == 1:
+            files.cached_file("data.npz", generate)
+        return {"rewards": np.arange(3)}
+
+    path = files.cached_file("data.npz", generate)
+    assert [len(names) for names in seen] == [1, 2] and [file.name for file in tmp_path.iterdir()] == ["data.npz"]
+    assert np.load(path)["rewards"].tolist() == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- sparse rewards
+
+
+@pytest.mark.parametrize(
+    ("rewards", "scale", "bias", "needed"),
+    [
+        ((-1, 0), 10.0, 5.0, "--reward-scale 10.0 --reward-bias 0.0"),
+        ((0, 1), 1.0, 0.0, "--reward-scale 1.0 --reward-bias -1.0"),
+        ((0, 1), 2.0, -1.0, "--reward-scale 2.0 --reward-bias -2.0"),
+        ((1, 0), -1.0, 3.0, "--reward-scale -1.0 --reward-bias 0.0"),  # a cost
+        ((0, np.float32(0.3)), 1.0, -0.3, "--reward-scale 1.0 --reward-bias -0.30000001192092896"),
+        ((0.1, 0.3), 3.0, 5.0, f"--reward-scale 3.0 --reward-bias {-3 * 0.3}"),
+    ],
+)
+def test_sparse_success_pays_nothing(rewards, scale, bias, needed, tmp_path):
+    """More was squeezed into values of at most 0. The two flags that are named do load it."""
+    array = np.full(40, rewards[0], np.result_type(rewards[1]))
+    array[39] = rewards[1]
+    path = write_dataset(tmp_path / "data.npz", rewards=array)
+    given = f"--reward-scale {scale} --reward-bias {bias}"
+    with pytest.raises(InputError, match=rf"{path}: --sparse-reward with {given}: reward\[39\] = .*") as error:
+        envs.load_dataset("pointmaze-umaze-play", path, scale, bias, sparse=True)
+    assert str(error.value).endswith(f"; expected success to pay 0: {needed}")
+    envs.load_dataset("pointmaze-umaze-play", path, scale, bias)
+    scale, bias = map(float, re.findall(r"--reward-\w+ (\S+)", needed))
+    buffer = envs.load_dataset("pointmaze-umaze-play", path, scale, bias, sparse=True)
+    assert buffer.rewards[39] == 0 and buffer.masks[39] == 0 and buffer.rewards[:39].max() < 0
+
+
+def test_sparse_steps_cost(tmp_path):
+    """Rewards of 0 alone: each step would be a success, and an episode."""
+    path = write_dataset(tmp_path / "data.npz", rewards=np.zeros(40))
+    with pytest.raises(InputError, match=r"= 0.0, as every other; expected .* to cost: .* --reward-bias -1.0$"):
+        envs.load_dataset("pointmaze-umaze-play", path, sparse=True)
 
 
 def test_no_success_and_no_terminal_anywhere_are_warnings(tmp_path, capsys):
@@ -196,6 +304,97 @@ def test_float64_and_float32_are_the_same_observation(tmp_path):
         tmp_path / "data.npz", observations=states[:-1], next_observations=states[1:].astype(np.float32)
     )
     assert envs.load_dataset("pointmaze-umaze-play", path).num_states == 41
+
+
+@pytest.mark.parametrize(("distance", "episodes"), [(0.9e-6, [(0, 6)]), (1.1e-6, [(0, 3), (3, 6)])])
+def test_an_episode_ends_beyond_a_millionth(distance, episodes):
+    data = arrays(6, observations=np.zeros((6, 1), np.float32), next_observations=np.zeros((6, 1), np.float32))
+    data["observations"][3:] = data["next_observations"][3:] = distance
+    assert files.split_episodes(data)[0] == episodes
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_row_both_terminal_and_timeout_is_a_terminal(known):
+    ends = np.array([0, 0, 1, 0], bool)
+    changes = {"next_observations": np.arange(1, 5, dtype=np.float32)[:, None]} if known else {}
+    episodes, next_observations = files.split_episodes(arrays(4, terminals=ends, timeouts=ends, **changes))
+    assert episodes == ([(0, 3), (3, 4)] if known else [(0, 3)])
+    assert next_observations[2, 0] == (3 if known else 2)  # the file's, else its own: no value follows
+
+
+# ---------------------------------------------------------------- what was loaded
+
+
+def drives(**changes):
+    """Six episodes of ten steps; three of them end terminal, paid 1.3, the others at their time limit, paid nothing."""
+    rng, ends = np.random.default_rng(0), np.arange(60) % 10 == 9
+    states = np.cumsum(rng.standard_normal((6, 11, 4)), axis=1)
+    observations, following = (states[:, part].reshape(60, 4) for part in (slice(10), slice(1, 11)))
+    success = ends & (np.arange(60) < 30)
+    data = dict(actions=np.zeros((60, 2)), rewards=1.3 * success, terminals=success, timeouts=ends & ~success)
+    return data | dict(observations=observations, next_observations=following) | changes
+
+
+def load_drives(tmp_path, data, *rewards_as, sparse=False):
+    np.savez(tmp_path / "data.npz", **data)
+    return envs.load_dataset("pointmaze-umaze-play", tmp_path / "data.npz", *rewards_as, sparse=sparse)
+
+
+def test_what_was_loaded_is_one_line(tmp_path, capsys):
+    load_drives(tmp_path, drives())
+    line = "60 transitions of 60 rows; 6 episodes of 10.0 steps, 50% successful, mean return 0.65"
+    assert capsys.readouterr() == (f"dataset {tmp_path / 'data.npz'}: {line}\n", "")
+    load_drives(tmp_path, drives(), 1.0, -1.3, sparse=True)
+    assert capsys.readouterr().out.endswith(f": {line}\n")  # rewards as they are in the file
+    data = drives()
+    del data["next_observations"]
+    load_drives(tmp_path, data)
+    line = "57 transitions of 60 rows; 6 episodes of 9.5 steps, 50% successful, mean return 0.65"
+    assert capsys.readouterr().out.endswith(f": {line}\n")
+
+
+BREAKS = {
+    "rounded": lambda following: following.round(3),
+    "of noise added twice": lambda following: following + np.random.default_rng(1).normal(scale=0.01, size=(60, 4)),
+    "normalised": lambda following: (following - following.mean(0)) / following.std(0),
+    "shuffled": lambda following: np.random.default_rng(1).permutation(following),
+    "of windows": lambda following: following[(np.arange(60) + 3).clip(max=59)],  # four steps later
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_rows_that_break_off_are_a_warning(case, tmp_path, capsys):
+    """Each row is an episode: what the check was, and by how much they fail it."""
+    data = drives()
+    data["next_observations"] = BREAKS[case](data["next_observations"])
+    load_drives(tmp_path, data)
+    inside = np.linalg.norm(data["observations"][1:] - data["next_observations"][:-1], axis=1)
+    inside = inside[inside > 1e-6]
+    out, err = capsys.readouterr()
+    assert "60 transitions of 60 rows; 60 episodes of 1.0 steps, 5% successful, mean return 0.065" in out
+    far = f"distance {np.median(inside):.3g} in the median, {inside.max():.3g} at most; expected up to 1e-06"
+    warning = f"warning: dataset {tmp_path / 'data.npz'}: most transitions end an episode: in {len(inside)} rows "
+    assert err.startswith(f"{warning}next_observations are not what the next row observes ({far}): leave them out, or")
+    assert "for windows of h actions, store steps and pass --action-chunk h" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sparse", "cause"),
+    [
+        (dict(terminals=np.arange(60) % 10 != 5), False, "in 54 rows terminals are set"),
+        (dict(timeouts=np.arange(60) % 10 != 5), False, "in 54 rows timeouts are set"),
+        (dict(rewards=np.arange(60) % 10 != 5), True, r"in 54 rows reward \* scale \+ bias is 0, success"),
+    ],
+)
+def test_rows_that_end_by_a_flag_are_a_warning(changes, sparse, cause, tmp_path, capsys):
+    load_drives(tmp_path, drives(**changes), 1.0, -1.0, sparse=sparse)
+    assert re.search(f"most transitions end an episode: {cause}; expected", capsys.readouterr().err)
+
+
+def test_images_break_off_by_what_they_differ():
+    """Numbers of one byte would wrap around: 1 less is 255 more."""
+    images = np.full((4, 8, 8, 3), 100, np.uint8)
+    assert files.jumps({"observations": images, "next_observations": images + 1}) == pytest.approx(np.sqrt(192))
 
 
 # ---------------------------------------------------------------- loading

@@ -11,7 +11,7 @@ import torch
 import common
 import parl_diffusion as parl
 import parl_transformer as transformer
-from envs import d4rl
+from envs import d4rl, files
 
 
 def tensor(array):
@@ -214,7 +214,7 @@ def test_offline_returns(golden, tag):
     arrays["terminals"] = arrays["terminals"] | (False if sparse else arrays["rewards"] == 4)
     arrays["timeouts"] = np.zeros(len(arrays["rewards"]), bool)
     rewards = arrays["rewards"] * data["reward_scale"] + data["reward_bias"]
-    episodes, _ = common.split_episodes(arrays)
+    episodes, _ = files.split_episodes(arrays)
     returns = [
         common.mc_returns(rewards[a:b], 1 - arrays["terminals"][a:b].astype(float), 0.99, sparse) for a, b in episodes
     ]
@@ -234,7 +234,7 @@ def test_kitchen_file_returns(golden, tmp_path):
         file["rewards"], file["actions"] = np.insert(rewards, ends + 1, 0), np.zeros((len(rewards) + len(ends), 2))
         file["terminals"] = np.insert(np.zeros(len(rewards)), ends + 1, 1)
     arrays = d4rl.read_dataset("kitchen-mixed-v0", tmp_path / "kitchen.hdf5")
-    episodes, _ = common.split_episodes(arrays)
+    episodes, _ = files.split_episodes(arrays)
     returns = [
         common.mc_returns(arrays["rewards"][a:b] - 4.0, 1.0 - arrays["terminals"][a:b], 0.99) for a, b in episodes
     ]

@@ -16,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, snippet
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -529,9 +529,8 @@ def test_adapters_alone_load_and_merge(folder, data, obs, tmp_path):
             assert torch.equal(before[name], after[name]) == (f"{layer}.lora_a" not in load_file(path)), name
 
 
-def test_readme_recipe_merges_adapters(folder, tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:] if "merge_adapters" in block]
+def test_recipe_of_the_docs_merges_adapters(folder, tmp_path):
+    code = snippet("merge_adapters")
     assert len(code.strip().splitlines()) <= 10
     openvla.save_adapters(load(folder, lora_rank=2), tmp_path / "adapters.safetensors")
     for name, path in [
@@ -563,8 +562,9 @@ def test_a_checkpoint_improves_from_its_own_trials(folder, tmp_path, monkeypatch
     flags = ["--checkpoint", folder, "--env-id", "pixels:Dot7-v0", "--run-dir", tmp_path / "run"]
     start(monkeypatch, *flags, "--warmup-episodes", 2)
     rows = common.read_metrics(tmp_path / "run" / "metrics.csv")
-    assert [row["phase"] for row in rows] == ["warmup", "warmup", "offline", "offline", "online"]
-    assert all("train/length" in row and "critic/loss" not in row for row in rows[:2])
+    assert [row["phase"] for row in rows] == ["bc", "warmup", "warmup", "offline", "offline", "online"]
+    assert "eval/policy_success_rate" in rows[0] and rows[0]["gradient_step"] == 0  # of the released policy
+    assert all("train/length" in row and "critic/loss" not in row for row in rows[1:3])
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert len(saved["online"]["actions"]) == sum(row.get("train/length", 0) for row in rows)
     assert saved["online"]["actions"].abs().max() > 0.5  # in the tokens' units, not the environment's of 0.04
@@ -575,8 +575,8 @@ def test_a_checkpoint_improves_from_its_own_trials(folder, tmp_path, monkeypatch
     for name, value in saved["policy_ema"].items():
         assert torch.equal(again.state_dict()[name], value), name
     assert any(value.any() for name, value in saved["policy_ema"].items() if name.endswith("lora_b"))
-    with pytest.raises(SystemExit, match="holds a run"):
-        start(monkeypatch, *flags, "--warmup-episodes", 2)
+    with pytest.raises(SystemExit, match="holds a run; --warmup-episodes is 2 there and 3 here"):
+        start(monkeypatch, *flags, "--warmup-episodes", 3)
 
 
 def test_the_average_of_a_released_policy_shares_its_weights(folder):
@@ -615,7 +615,7 @@ def test_a_datasets_actions_are_cloned_in_the_tokens_units(folder, tmp_path, mon
 )
 def test_bad_input_with_a_checkpoint(folder, flags, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    identity = {"script": "parl_openvla", "env_id": "pixels:Dot7-v0", "obs_dim": 224, "act_dim": 7}
+    identity = {"policy_class": "OpenVLAPolicy", "env_id": "pixels:Dot7-v0", "obs_dim": 224, "act_dim": 7}
     torch.save(identity | {"args": {**vars(openvla.Args()), "checkpoint": "another/base"}}, "base.pt")
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         start(monkeypatch, "--checkpoint", folder, "--env-id", "pixels:Dot7-v0", "--warmup-episodes", 1, *flags)

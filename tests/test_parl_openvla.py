@@ -13,17 +13,20 @@ import subprocess
 import sys
 import time
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
-from test_runs import assert_same, load, metrics
+from conftest import ROOT, run_script, snippet
+from test_runs import assert_same, load, metrics, steps_done
 from two_ranks import work
 
 import common
+import envs
 import parl_openvla as parl
 import parl_transformer
 from common import InputError
+from envs import files
 
 ARGS = parl.Args(
     hidden_dims=(16, 16), encoder_widths=(4, 8), encoding_width=8, critic_image_size=16, ensemble_size=3,
@@ -143,7 +146,7 @@ def test_critic_update_encodes_a_state_once_and_moves_its_image(critic, monkeypa
 
 def test_critic_learns_from_the_image(critic):
     """Two images of other value: an encoder without gradient, or one that sees nothing, would give the mean."""
-    args = parl.Args(**{**vars(ARGS), "cql_weight": 0.0, "augment_pixels": 0})
+    args = parl.Args(**{**vars(ARGS), "cql_weight": 0.0, "augment_pixels": 0, "critic_lr": 1e-2})
     batch = transitions(8) | {"masks": torch.zeros(8), "rewards": torch.tensor([-1.0, -5.0]).repeat(4)}
     batch["obs"] = images(2, seed=3).repeat(4, 1, 1, 1)
     optimizer, target = torch.optim.Adam(critic.parameters(), lr=1e-2), copy.deepcopy(critic)
@@ -236,8 +239,8 @@ PATHS = {"PYTHONPATH": str(ROOT / "tests")}
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """Random pushes of the dot, as a dataset file of 64 x 64 images."""
-    env, rng = common.make_env("pixels:Dot-v0", True, image_size=64), np.random.default_rng(0)
-    data = {name: [] for name in common.DATASET_KEYS[:5]}
+    env, rng = envs.make("pixels:Dot-v0", True, image_size=64), np.random.default_rng(0)
+    data = {name: [] for name in files.DATASET_KEYS[:5]}
     for episode in range(6):
         (obs, _), done = env.reset(seed=episode), False
         while not done:
@@ -302,16 +305,15 @@ def test_policy_checkpoint_and_eval_only(finished, dataset, tmp_path):
     row = json.loads(result.stdout[result.stdout.index("{") :])
     last = common.read_metrics(finished / "metrics.csv")[-1]
     assert row == pytest.approx({name: last[name] for name in row}, rel=1e-4)
+    result = run_script("parl_openvla", "--resume", finished, "--critic-image-size", 15, env=PATHS, check=False)
+    assert "--critic-image-size is 16 there and 15 here; expected the same" in result.stderr  # of the same shapes
     start = ["--policy-checkpoint", finished / "checkpoint.pt", "--online-episodes", 0]
     run_script("parl_openvla", *SMALL, "--dataset-path", dataset, *start, "--run-dir", tmp_path / "run", env=PATHS)
     assert_same(load(tmp_path / "run")["policy"], load(finished)["policy_ema"])
 
 
-def test_readme_snippet_loads_and_acts(finished):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [
-        block.split("```")[0] for block in readme.split("```python\n")[1:] if "from parl_openvla import Args" in block
-    ]
+def test_snippet_of_the_docs_loads_and_acts(finished):
+    code = snippet("from parl_openvla import Args")
     code = code.replace("runs/X/checkpoint.pt", str(finished / "checkpoint.pt"))
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.count("tensor([[") == 2
@@ -434,8 +436,8 @@ def test_torchrun_stops_all_processes_together(dataset, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert output.count("stopped by SIGTERM; to go on: --resume") == 1
-    assert load(directory)["counters"]["bc"] >= 4 and (directory / "curves.png").exists()
+    assert output.count("stopped by SIGTERM; to go on: the same command, or --resume") == 1
+    assert steps_done(directory, "bc") >= 4 and (directory / "curves.png").exists()
 
 
 # ---------------------------------------- environments and errors ----------------------------------------
@@ -448,7 +450,7 @@ def test_instruction_comes_from_flag_attribute_or_reset():
         ("Mute", "Go", "Go"),
         ("Dot", "Go", "Go"),
     ]:
-        env = common.make_env(f"pixels:{name}-v0", True, image_size=64)
+        env = envs.make(f"pixels:{name}-v0", True, image_size=64)
         assert parl.instruction_of(env, parl.Args(instruction=flag)) == expected
 
 
@@ -457,12 +459,14 @@ def test_actions_are_in_the_checkpoints_units():
 
     statistics = {"q01": [-0.02, -3.0, 0.0], "q99": [0.04, 3.0, 1.0], "mask": [True, True, False]}
     policy = parl.OpenVLAPolicy(3, parl.Args(), statistics=statistics)
-    env = common.gym.make("pixels:Dot-v0", act_dim=3)
-    env.unwrapped.action_space = common.gym.spaces.Box(np.float32([-0.1, -1, 0]), np.float32([0.1, 1, 1]))
-    env = common.gym.wrappers.RescaleAction(env.unwrapped, np.float32(-1), np.float32(1))
-    units = parl.PolicyUnits(env, policy)
+    env = gym.make("pixels:Dot-v0", act_dim=3)
+    env.unwrapped.action_space = gym.spaces.Box(np.float32([-0.1, -1, 0]), np.float32([0.1, 1, 1]))
+    env = gym.wrappers.RescaleAction(env.unwrapped, np.float32(-1), np.float32(1))
+    units = parl.PolicyUnits(env, policy, *envs.action_bounds(env))
     assert units.action(np.array([1.0, -0.1, 0.75])) == pytest.approx([0.4, -0.3, 0.5])
     assert units.action(np.array([-1.0, -1.0, 0.0])) == pytest.approx([-0.2, -1.0, -1.0])
+    actions = np.array([[0.5, -0.1, 0.75], [-0.5, 0.3, 0.25]])  # a dataset's, in [-1, 1] of the bounds, and back
+    assert units.reverse_action(np.stack([units.action(action) for action in actions])) == pytest.approx(actions)
 
 
 def error(monkeypatch, *flags):
@@ -523,7 +527,8 @@ def test_datasets_of_other_images(dataset, tmp_path, monkeypatch):
 def test_image_datasets_keep_their_episodes(dataset):
     """Without next_observations: a success keeps its last transition, a time limit drops it."""
     data = dict(np.load(dataset))
-    buffer = common.load_dataset("pixels:Dot-v0", dataset, 1.0, -1.0, 0.99, True, 64)
+    env = envs.make("pixels:Dot-v0", True, image_size=64)
+    buffer = envs.load_dataset("pixels:Dot-v0", dataset, 1.0, -1.0, 0.99, True, env)
     assert buffer.states.dtype == np.uint8 and len(buffer) == len(data["rewards"]) - data["timeouts"].sum()
     last = buffer.state_rows[np.flatnonzero(buffer.masks[: len(buffer)] == 0)]
     assert len(last) and np.array_equal(buffer.states[last + 1], buffer.states[last])  # no value follows a success

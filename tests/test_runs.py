@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,15 @@ import sys
 import time
 from itertools import pairwise
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import PARALLEL, ROOT, SMALL, run_here, run_script
+from conftest import POLICIES, ROOT, SMALL, run_here, run_script, snippet
+from parallel import PARALLEL
 
 import common
+import envs
 
 
 @pytest.fixture(params=PARALLEL)
@@ -97,19 +101,22 @@ def test_a_run_leaves_its_files(script, finished):
     assert not list(directory.glob(".*.partial"))
     stdout = (directory / "stdout.txt").read_text()
     assert "--num-samples=8" in stdout and stdout.index("steps to goal") > 0
-    with pytest.raises(SystemExit, match="holds a run"):
-        run_here(script, *SMALL, "--run-dir", directory)
+    with pytest.raises(SystemExit, match="holds a run; --seed is 0 there and 1 here"):
+        run_here(script, *SMALL, "--seed", 1, "--run-dir", directory)
+    with open(directory / "metrics.csv") as file:  # no column of a name that is spelt wrong
+        assert file.readline().strip().split(",") == common.COLUMNS
     checkpoint = load(directory)
-    assert checkpoint["script"] == script and checkpoint["counters"]["env_step"] == last["env_step"]
+    assert checkpoint["policy_class"] == POLICIES[script] and checkpoint["counters"]["env_step"] == last["env_step"]
 
 
-def within(counters, phase):
-    """Is a checkpoint with these counters inside `phase` of a SMALL run, neither at its start nor at its end?"""
-    return {
-        "bc": 0 < counters["bc"] < 20,
-        "offline": 0 < counters["offline"] < 20,
-        "online": 0 < counters["env_step"] < 60,
-    }[phase]
+def steps_done(directory, phase):
+    """How many steps of `phase` the checkpoint counts; of the environment in phase "online"."""
+    return load(directory)["counters"]["done"].get(phase, 0)
+
+
+def within(directory, phase):
+    """Is the checkpoint of a SMALL run inside `phase`, neither at its start nor at its end?"""
+    return 0 < steps_done(directory, phase) < {"bc": 20, "offline": 20, "online": 60}[phase]
 
 
 def interrupt(script, directory, phase, number):
@@ -118,7 +125,7 @@ def interrupt(script, directory, phase, number):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None:
         time.sleep(0.005)
-        if (directory / "checkpoint.pt").exists() and within(load(directory)["counters"], phase):
+        if (directory / "checkpoint.pt").exists() and within(directory, phase):
             break
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
@@ -138,7 +145,7 @@ def test_killed_and_resumed_others(other, finished, tmp_path):
 def check_kill(script, phase, finished, tmp_path):
     directory = tmp_path / "killed"
     code, _ = interrupt(script, directory, phase, signal.SIGKILL)
-    assert code == -signal.SIGKILL and within(load(directory)["counters"], phase)
+    assert code == -signal.SIGKILL and within(directory, phase)
     with open(directory / "metrics.csv", "a") as file:
         file.write("offline,9999,0,0\noff")  # rows past the checkpoint, the last one half-written
     run_here(script, "--resume", directory)
@@ -168,7 +175,8 @@ PHASES_AND_SIGNALS = [("bc", signal.SIGTERM), ("offline", signal.SIGINT), ("onli
 def test_signals_save_and_exit_cleanly(phase, number, finished, tmp_path):
     directory = tmp_path / "stopped"
     code, output = interrupt("parl_diffusion", directory, phase, number)
-    assert code == 0 and "Traceback" not in output and "to go on: --resume" in output
+    assert code == 128 + number and "Traceback" not in output
+    assert "to go on: the same command, or --resume" in output
     run_here("parl_diffusion", "--resume", directory)
     assert metrics(directory) == metrics(finished("parl_diffusion"))
     assert_same(load(directory), load(finished("parl_diffusion")))
@@ -189,11 +197,14 @@ def test_signals_save_and_exit_cleanly_others(other, number, finished, monkeypat
     monkeypatch.setattr(module, "update_critic", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_here(other, *SMALL, "--run-dir", directory)
-    assert (
-        stop.value.code == 0 and f"stopped by {number.name}; to go on: --resume {directory}" in capfd.readouterr().out
-    )
-    counters = load(directory)["counters"]
-    assert counters["offline"] == 7 if last == 7 else counters["episode"] == 1
+    assert stop.value.code == 128 + number
+    going_on = f"stopped by {number.name}; to go on: the same command, or --resume {directory}"
+    assert going_on in capfd.readouterr().out
+    if last == 7:
+        assert steps_done(directory, "offline") == 7
+    else:
+        counters = load(directory)["counters"]
+        assert (counters["episode"], counters["updated"]["critic"]) == (0, 5) and counters["collected"]
     monkeypatch.undo()
     run_here(other, "--resume", directory)
     assert metrics(directory) == metrics(finished(other))
@@ -213,9 +224,9 @@ def test_stopped_in_the_distillation_after_offline_rl(monkeypatch, tmp_path):
         return update_policy(*arguments)
 
     monkeypatch.setattr(module, "update_policy", interrupted)
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match="143"):
         run_here("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "stopped")
-    assert load(tmp_path / "stopped")["counters"]["distill"] == 4
+    assert steps_done(tmp_path / "stopped", "distill") == 4
     monkeypatch.undo()
     run_here("parl_diffusion", "--resume", tmp_path / "stopped")
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
@@ -233,7 +244,7 @@ def test_a_second_signal_does_not_wait(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "update_policy", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_here("parl_gaussian", *SMALL, "--run-dir", tmp_path / "run")
-    assert stop.value.code == 130 and load(tmp_path / "run")["counters"]["bc"] == 0
+    assert stop.value.code == 130 and steps_done(tmp_path / "run", "bc") == 0
 
 
 def test_eval_only_repeats_the_last_evaluation_and_writes_nothing(script, finished, capsys):
@@ -257,7 +268,8 @@ def test_modes(script, finished, tmp_path):
     flags = ["--policy-checkpoint", start, "--offline-steps", 0, "--offline-ratio", 0]
     run_here(script, *small, *flags, "--run-dir", tmp_path / "pure")
     rows = common.read_metrics(tmp_path / "pure" / "metrics.csv")
-    assert {row["phase"] for row in rows} == {"online"}
+    assert [row["phase"] for row in rows[:2]] == ["bc", "online"] and {row["phase"] for row in rows[1:]} == {"online"}
+    assert rows[0]["gradient_step"] == 0 and "eval/policy_success_rate" in rows[0]  # of the policy that it starts from
     flags = ["--offline-steps", 0, "--policy-utd", 2, "--critic-utd", 3, "--online-episodes", 1]
     run_here(script, *small, *flags, "--run-dir", tmp_path / "mixed")
     last = common.read_metrics(tmp_path / "mixed" / "metrics.csv")[-1]
@@ -266,7 +278,8 @@ def test_modes(script, finished, tmp_path):
     flags += ["--no-normalize-obs", "--distill-argmax", "--sample-cache-gb", 0]
     run_here(script, *small, *flags, "--run-dir", tmp_path / "nothing")
     rows = common.read_metrics(tmp_path / "nothing" / "metrics.csv")
-    assert len(rows) == 2 and json.loads((tmp_path / "nothing" / "config.json").read_text())["dataset_sha256"] is None
+    config = json.loads((tmp_path / "nothing" / "config.json").read_text())
+    assert len(rows) == 1 + 2 and config["dataset_sha256"] is None
 
 
 def test_the_transformers_other_head(tmp_path, capsys):
@@ -317,7 +330,7 @@ def test_capture_video(tmp_path):
 
 def test_another_environment_and_dataset(script, tmp_path):
     """Any gymnasium id with a file: here Pendulum, whose bounds are +-2 and whose values come from the data."""
-    env, rng, rows = common.gym.make("Pendulum-v1"), np.random.default_rng(0), []
+    env, rng, rows = gym.make("Pendulum-v1"), np.random.default_rng(0), []
     for episode in range(2):
         obs, _ = env.reset(seed=episode)
         for t in range(200):
@@ -333,30 +346,143 @@ def test_another_environment_and_dataset(script, tmp_path):
     assert config["q_min"] < -500 and config["q_max"] == 0 and config["discount"] == 0.99
 
 
-def test_one_file_copied_elsewhere_runs_with_common_alone(script, tmp_path):
+def test_one_file_copied_elsewhere_runs_with_common_and_envs(script, tmp_path):
     for name in (f"{script}.py", "common.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "envs", tmp_path / "envs")
     run_script(script, *SMALL, "--bc-steps", 5, "--offline-steps", 5, "--online-steps", 0, cwd=tmp_path)
     (directory,) = (tmp_path / "runs").iterdir()
     assert directory.name.startswith(f"pointmaze-umaze-play__{script}__0__")
 
 
-def test_readme_snippet_loads_and_acts(finished):
-    readme = (ROOT / "README.md").read_text()
-    code = readme[readme.index("```python\n") + len("```python\n") :].split("```")[0]
+OWN_PROJECT = """
+import gymnasium as gym
+
+
+class Line(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-9, 9, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.uniform(-1, 1), 0
+        return np.array([self.x], np.float32), {}
+
+    def step(self, action):
+        self.x, self.t = self.x + 0.3 * float(action[0]), self.t + 1
+        success = bool(self.x > 1)
+        return np.array([self.x], np.float32), float(success), success, self.t == 8, {"success": success}
+
+
+def my_data(args):
+    env, rng, buffer = Line(), np.random.default_rng(0), common.ReplayBuffer(1, 1)
+    for seed in range(5):
+        (episode,) = common.run_episodes([env], lambda obs, keys: rng.uniform(-1, 1, (len(obs), 1)), [seed])
+        rewards = episode["rewards"] - 1
+        returns = common.mc_returns(rewards, episode["masks"], args.discount, sparse=True)
+        buffer.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
+    return buffer
+
+"""
+
+
+def replaced(source, pattern, line):
+    """`source` with the one line that matches `pattern` replaced by another, its indentation kept."""
+    found = re.findall(rf"^( *){pattern}$", source, re.M)
+    assert len(found) == 1, (pattern, found)
+    return re.sub(rf"^( *){pattern}$", lambda match: match[1] + line, source, flags=re.M)
+
+
+def test_one_file_copied_into_a_project_without_envs_runs_with_common_alone(script, tmp_path):
+    """What needs envs/ beyond the three lines of `train` that a project of one's own replaces would fail here."""
+    shutil.copy(ROOT / "common.py", tmp_path)
+    source = (ROOT / f"{script}.py").read_text()
+    source = replaced(source, r"import envs", "# no envs")
+    source = replaced(source, r"eval_envs = \[envs\.make\(.*", "eval_envs = [Line()]")
+    source = replaced(source, r"dataset = envs\.load_dataset\(.*", "dataset = my_data(args)")
+    assert "envs." not in source.replace("eval_envs.", "")
+    (tmp_path / f"{script}.py").write_text(source.replace("\n\n@dataclass\n", f"{OWN_PROJECT}\n@dataclass\n", 1))
+    flags = ["--env-id", "Line", "--sparse-reward", "--reward-bias", -1, "--num-samples", 4, "--num-keep", 2]
+    flags += ["--num-threads", 1, "--ensemble-size", 2, "--online-episodes", 3, "--offline-distill-steps", 5]
+    run_script(script, *SMALL, *flags, "--run-dir", "run", cwd=tmp_path)
+    rows = common.read_metrics(tmp_path / "run" / "metrics.csv")
+    assert list(dict.fromkeys(row["phase"] for row in rows)) == ["bc", "offline", "distill", "online"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["obs_dim"], config["act_dim"], config["dataset_sha256"]) == (1, 1, None)
+    assert rows[-1]["episode"] == 3 and "eval/success_rate" in rows[-1]
+
+
+def test_a_renamed_script_goes_on_with_the_originals_checkpoints(finished, tmp_path):
+    """They are its policy class's, not its file's: to resume, and to start from."""
+    directory, whole = tmp_path / "run", finished("parl_gaussian")
+    run_here("parl_gaussian", *SMALL, "--online-steps", 0, "--run-dir", directory)
+    shutil.copy(ROOT / "parl_gaussian.py", tmp_path / "my_policy.py")
+    shutil.copy(ROOT / "common.py", tmp_path)
+    shutil.copytree(ROOT / "envs", tmp_path / "envs")
+    run_script("my_policy", "--resume", directory, "--online-steps", 60, cwd=tmp_path)
+    assert metrics(directory) == metrics(whole)
+    assert_same(load(directory), load(whole))
+    flags = [*SMALL, "--policy-checkpoint", directory / "checkpoint.pt", "--offline-steps", 1, "--online-steps", 0]
+    run_script("my_policy", *flags, "--run-dir", tmp_path / "new", cwd=tmp_path)
+    assert_same(load(tmp_path / "new")["policy"], load(whole)["policy_ema"])
+
+    source = (tmp_path / "my_policy.py").read_text()  # another class, whose numbers may mean something else
+    (tmp_path / "my_policy.py").write_text(source.replace("GaussianPolicy", "MyPolicy"))
+    reason = f"{directory / 'checkpoint.pt'}: policy_class is GaussianPolicy there; expected MyPolicy"
+    for given in (["--resume", directory], [*flags, "--run-dir", tmp_path / "newer"]):
+        result = run_script("my_policy", *given, cwd=tmp_path, check=False)
+        assert result.returncode == 1 and "Traceback" not in result.stderr and reason in result.stderr
+
+
+def test_a_metric_of_ones_own(monkeypatch, tmp_path):
+    """Logged from the middle of a run on: killed between two rows and resumed, it is the uninterrupted run's."""
+    module, updates = importlib.import_module("parl_gaussian"), []
+    update_critic = module.update_critic
+
+    def with_metric(*arguments, kill_at=None):
+        updates.append(1)
+        if len(updates) == kill_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        info = update_critic(*arguments)
+        return info | {"mine/x": info["critic/q_data"] * 2} if len(updates) > 5 else info
+
+    monkeypatch.setattr(module, "update_critic", with_metric)
+    run_here("parl_gaussian", *SMALL, "--run-dir", tmp_path / "whole")
+    rows = common.read_metrics(tmp_path / "whole" / "metrics.csv")
+    having = [row["gradient_step"] for row in rows if "mine/x" in row]
+    assert having == [row["gradient_step"] for row in rows if row["gradient_step"] > 25]
+    assert all(row["mine/x"] == pytest.approx(2 * row["critic/q_data"], rel=1e-3) for row in rows if "mine/x" in row)
+    lines = (tmp_path / "whole" / "metrics.csv").read_text().splitlines()
+    assert lines[0].split(",") == [*common.COLUMNS, "mine/x"]
+    assert {line.count(",") for line in lines} == {len(common.COLUMNS)}
+    for kill_at in (4, 8, 13):  # before it is first logged, before it is first written, between two of its rows
+        updates.clear()
+        monkeypatch.setattr(module, "update_critic", lambda *all, last=kill_at: with_metric(*all, kill_at=last))
+        directory = tmp_path / f"killed at {kill_at}"
+        with pytest.raises(SystemExit, match="143"):
+            run_here("parl_gaussian", *SMALL, "--run-dir", directory)
+        assert steps_done(directory, "offline") == kill_at
+        if kill_at == 13:  # as a SIGKILL after a row that no checkpoint knows
+            with open(directory / "metrics.csv", "a") as file:
+                file.write("offline,9999,0,0\noff")
+        run_here("parl_gaussian", "--resume", directory)
+        assert metrics(directory) == metrics(tmp_path / "whole")
+        assert_same(load(directory), load(tmp_path / "whole"))
+
+
+def test_snippet_of_the_docs_loads_and_acts(finished):
+    code = snippet("from parl_diffusion import Args")
     assert "runs/X/checkpoint.pt" in code and len(code.strip().splitlines()) <= 12
     code = code.replace("runs/X/checkpoint.pt", str(finished("parl_diffusion") / "checkpoint.pt"))
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.count("tensor([[") == 2
 
 
-def test_readme_robot_is_an_environment(monkeypatch):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = [block.split("```")[0] for block in readme.split("```python\n")[1:] if "class Reach" in block]
+def test_robot_of_the_docs_is_an_environment(monkeypatch):
+    code = snippet("class Reach")
     assert len([line for line in code.splitlines() if line.strip()]) <= 24
-    monkeypatch.delitem(common.gym.registry, "Reach-v0", raising=False)
+    monkeypatch.delitem(gym.registry, "Reach-v0", raising=False)
     exec(compile(code, "my_robot.py", "exec"), {"__name__": "my_robot"})
-    env = common.make_env("Reach-v0", sparse=True)
+    env = envs.make("Reach-v0", sparse=True)
     obs, _ = env.reset(seed=0)
     for _ in range(20):  # straight to the target, in units of the largest motion
         obs, reward, terminated, _, info = env.step(np.clip((obs[3:] - obs[:3]) / 0.05, -1, 1))
@@ -368,16 +494,16 @@ def test_readme_robot_is_an_environment(monkeypatch):
 def test_a_checkpoint_comes_with_every_row(monkeypatch, tmp_path):
     """Not with evaluations alone, which may be far apart."""
     saved = []
-    monkeypatch.setattr(common.Run, "save", lambda run: saved.append(run.counters["bc"]))
+    monkeypatch.setattr(common.Checkpoint, "save", lambda kept: saved.append(kept.kept["counters"].done["bc"]))
     flags = ["--bc-steps", 7, "--log-every", 3, "--eval-every", 100, "--offline-steps", 0, "--online-steps", 0]
     run_here("parl_diffusion", *SMALL, *flags, "--run-dir", tmp_path / "run")
-    assert saved == [0, 3, 6, 7]  # begin, two rows, the end of the phase
+    assert saved == [0, 3, 6, 7, 7]  # begin, two rows, the end of the phase before and after its evaluation
 
 
 def test_a_loss_that_explodes_stops_the_run_with_one_line(tmp_path):
     with pytest.raises(SystemExit, match="is not finite"):
         run_here("parl_diffusion", *SMALL, "--critic-lr", "1e30", "--run-dir", tmp_path / "run")
-    assert load(tmp_path / "run")["counters"]["bc"] == 20
+    assert steps_done(tmp_path / "run", "bc") == 20
     assert all(torch.isfinite(value).all() for value in load(tmp_path / "run")["critic"].values())
 
 

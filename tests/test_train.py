@@ -10,12 +10,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import PARALLEL, run_here
+from conftest import run_here
+from parallel import PARALLEL
 
 import common
+from envs import files
 
 BATCH, SAMPLES, BC, OFFLINE, DISTILL, ONLINE = 8, 4, 40, 12, 5, 25  # rows, K, steps of each phase
 POLICY_UTD, CRITIC_UTD, BC_LR, DISTILL_LR, CRITIC_LR = 2, 3, 1e-3, 2e-3, 3e-3
+CRITIC_EMA_RATE = 0.02
 
 
 class Line(gym.Env):
@@ -50,7 +53,7 @@ def write_demonstrations(path, num_episodes=5):
             rows.append((obs, action, reward, terminated, truncated, following))
             obs, done = following, terminated or truncated
     columns = (np.stack(column) for column in zip(*rows, strict=True))
-    np.savez(path, **dict(zip(common.DATASET_KEYS, columns, strict=True)))
+    np.savez(path, **dict(zip(files.DATASET_KEYS, columns, strict=True)))
     return len(rows)
 
 
@@ -64,7 +67,7 @@ def spied_run(script, directory, *flags):
     module, calls = importlib.import_module(script), []
     (policy_class,) = [value for name, value in vars(module).items() if name.endswith("Policy")]
     update_critic, update_policy, choose = module.update_critic, module.update_policy, module.choose
-    optimize, describe, cached = module.optimize_actions, module.optimization_info, module.cached_samples
+    optimize, describe = module.optimize_actions, module.optimization_info
     sample_both, evaluate = common.sample_both, common.evaluate
 
     def note(name, **values):
@@ -77,12 +80,13 @@ def spied_run(script, directory, *flags):
         note("sample", policy=self, training=self.training, rows=len(obs), num_samples=num_samples, seeds=seeds)
         return recognisable(obs, num_samples)
 
-    def spy_cached(policy, *rest):
-        note("cache")
-        return cached(policy, *rest)
+    class SpyCache(module.SampleCache):
+        def __init__(self, *arguments):
+            note("cache")
+            super().__init__(*arguments)
 
-    def spy_both(offline, online, num_offline, num_online, generator):
-        batch = sample_both(offline, online, num_offline, num_online, generator)
+    def spy_both(offline, online, num_offline, num_online, generator, *chunk):
+        batch = sample_both(offline, online, num_offline, num_online, generator, *chunk)
         note("batch", offline=offline, online=online, num_offline=num_offline, sizes=(len(offline), len(online)),
              raw={name: value.clone() for name, value in batch.items()})  # fmt: skip
         return batch
@@ -108,7 +112,7 @@ def spied_run(script, directory, *flags):
         return optimize(critic, obs, candidates, args, dataset_actions)
 
     def spy_describe(critic, obs, candidates, args):
-        note("describe", critic=critic, obs=obs, candidates=candidates)
+        note("describe", critic=critic, weights=copies(critic), obs=obs, candidates=candidates)
         return describe(critic, obs, candidates, args)
 
     def spy_evaluate(envs, act, num_episodes, prefix):
@@ -122,7 +126,7 @@ def spied_run(script, directory, *flags):
             patch.setattr(module, name, spy)
         for name, spy in dict(optimize_actions=spy_optimize, optimization_info=spy_describe).items():
             patch.setattr(module, name, spy)
-        patch.setattr(module, "cached_samples", spy_cached)
+        patch.setattr(module, "SampleCache", SpyCache)
         patch.setattr(common, "sample_both", spy_both)
         patch.setattr(common, "evaluate", spy_evaluate)
         run_here(
@@ -132,7 +136,8 @@ def spied_run(script, directory, *flags):
             "--policy-utd", POLICY_UTD, "--critic-utd", CRITIC_UTD, "--num-samples", SAMPLES, "--num-keep", 2,
             "--num-gradient-steps", 1, "--hidden-dims", 8, "--ensemble-size", 2, "--num-bins", 11, "--width", 8,
             "--num-layers", 1, "--bc-lr", BC_LR, "--distill-lr", DISTILL_LR, "--critic-lr", CRITIC_LR,
-            "--policy-ema-rate", 0.1, "--num-eval-episodes", 2, "--eval-every", 1000, "--log-every", 4, *flags,
+            "--policy-ema-rate", 0.1, "--critic-ema-rate", CRITIC_EMA_RATE, "--num-eval-episodes", 2,
+            "--eval-every", 1000, "--log-every", 4, *flags,
         )  # fmt: skip
     return SimpleNamespace(calls=calls, rows=common.read_metrics(directory / "run" / "metrics.csv"), size=size)
 
@@ -213,9 +218,30 @@ def test_the_critic_learns_towards_its_target(run):
     for call in calls:
         assert call.lr == CRITIC_LR
         assert set(call.optimizer.param_groups[0]["params"]) == set(call.critic.parameters())
-    assert {id(call.critic) for call in named(run, "optimize", "describe")} == {id(calls[0].critic)}
     first = named(run, "policy")[0]
     assert set(first.optimizer.param_groups[0]["params"]) == set(first.policy.parameters())
+
+
+def test_the_average_of_critics_acts_and_distils_and_the_latest_learns(run):
+    """Either in the other's place; an average that begins with untrained critics, that starts again online, or that is
+    the target's."""
+    calls, (average,) = named(run, "critic"), {call.critic for call in named(run, "describe")}
+    assert average is not calls[0].critic and average is not calls[0].target
+    optimised = [(before.name, call.critic) for before, call in pairwise(run.calls) if call.name == "optimize"]
+    assert [critic for before, critic in optimised if before == "critic"] == [calls[0].critic] * len(calls)
+    others = [critic for before, critic in optimised if before != "critic"]
+    assert set(others) == {average} and len(others) > len(distillations(run))
+    weights, expected = calls[0].before, []  # expected[n]: after n + 1 updates; the last update's result is not seen
+    for number, call in enumerate(calls[1:]):
+        rate = max(CRITIC_EMA_RATE, 1 / (number + 1))
+        weights = [old + rate * (new - old) for old, new in zip(weights, call.before, strict=True)]
+        expected.append(weights)
+    num_done = [sum(call.name == "critic" for call in run.calls[:i])
+                for i, call in enumerate(run.calls) if call.name == "describe"]  # fmt: skip
+    assert num_done[0] < OFFLINE and num_done[-2] > 1 / CRITIC_EMA_RATE and num_done[-1] == len(calls)
+    for number, call in zip(num_done[:-1], named(run, "describe"), strict=False):
+        for ours, theirs in zip(call.weights, expected[number - 1], strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_optimisers_start_afresh_where_a_phase_says_so(run):

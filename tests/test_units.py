@@ -238,9 +238,10 @@ def test_members_are_independent_but_for_the_head():
 
 
 def test_update_critic_learns_from_optimised_actions_at_their_own_states():
-    """Policy actions at obs and next_obs swapped, gradients left from the step before, a target that stands still or
-    that does not give the TD target."""
+    """Policy actions at obs and next_obs swapped, gradients left from the step before, the optimiser's own learning
+    rate (of before a resume), a target that stands still or that does not give the TD target."""
     args = make_args(num_samples=4, num_keep=2, num_gradient_steps=1, action_lr=0.1, critic_subset=1, ensemble_size=1)
+    args.critic_lr = 0.1
     critic, batch = parl.Critic(4, 2, args), batch_of()
     for parameter in critic.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -261,7 +262,7 @@ def test_update_critic_learns_from_optimised_actions_at_their_own_states():
     loss.backward()
     for parameter in critic.parameters():
         parameter.grad = torch.full_like(parameter, 100.0)
-    before, optimizer = copy.deepcopy(critic), torch.optim.SGD(critic.parameters(), lr=0.1)
+    before, optimizer = copy.deepcopy(critic), torch.optim.SGD(critic.parameters(), lr=9.0)
     torch.manual_seed(1)
     parl.update_critic(critic, target, optimizer, batch, samples, args)
     networks = (critic, before, reference, target, target_before)
@@ -589,15 +590,30 @@ def test_cached_samples_come_from_the_seed_and_leave_the_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second = parl.cached_samples(policy, states, 2, args), parl.cached_samples(policy, states, 2, args)
+    first, second = (parl.SampleCache(policy, states, 2, args).actions for _ in range(2))
     assert torch.equal(torch.rand(1), expected)
     assert first.shape == (30, 4, 2) and torch.equal(first, second)
     args.seed = 1
-    assert not torch.equal(parl.cached_samples(policy, states, 2, args), first)
+    assert not torch.equal(parl.SampleCache(policy, states, 2, args).actions, first)
     args.sample_cache_gb = 0.0
-    assert parl.cached_samples(policy, states, 2, args) is None  # 0: drawn every time
+    assert parl.SampleCache(policy, states, 2, args).actions is None  # 0: drawn every time
     args.sample_cache_gb, args.offline_steps = 1.0, 1
-    assert parl.cached_samples(policy, states, 2, args) is None  # 16 touches do not pay for 30 states
+    assert parl.SampleCache(policy, states, 2, args).actions is None  # 16 touches do not pay for 30 states
+
+
+def test_the_cache_gives_a_batch_its_own_samples(monkeypatch):
+    """Those of other rows, of obs in the place of next_obs, of half the batch; with and without memory for them."""
+    states = torch.randn(30, 4)
+    rows, following = torch.tensor([3, 0, 28]), torch.tensor([4, 1, 29])
+    policy = parl.DiffusionPolicy(4, 2, make_args())
+    monkeypatch.setattr(policy, "sample", lambda obs, K, seeds=None: torch.tanh(obs[:, None, :2]).expand(-1, K, -1))
+    batch = {"obs": states[rows], "next_obs": states[following], "state_rows": rows, "next_state_rows": following}
+    expected = torch.tanh(torch.cat([states[rows], states[following]])[:, None, :2]).expand(6, 4, 2)
+    for gigabytes, tolerance in ((1.0, 1e-3), (0.0, 0)):  # float16, and as drawn
+        args = make_args(num_samples=4, batch_size=8, offline_steps=100, sample_cache_gb=gigabytes)
+        samples = parl.SampleCache(policy, states, 2, args).samples(batch)
+        assert samples.dtype == torch.float32
+        torch.testing.assert_close(samples, expected, atol=tolerance, rtol=0)
 
 
 # ---------------------------------------------------------------- returns, buffer, evaluation
@@ -676,6 +692,8 @@ def test_evaluation_of_a_policy_is_the_same_with_1_and_8_environments(make_polic
 
 def test_means_over_episodes():
     class Fixed(gym.Env):
+        action_space = gym.spaces.Box(-1, 1, (1,))
+
         def reset(self, seed=None, options=None):
             self.seed, self.t = seed - common.EVALUATION_SEED, 0
             return np.zeros(1, np.float32), {}

@@ -1,0 +1,306 @@
+"""How well `parl_diffusion.py` clones, and how fast it samples, by objective, steps, schedule and width.
+
+python benchmark/samplers.py         # 40 minutes: samplers.csv, every seed; samplers.md, .png and samplers_modes.png
+python benchmark/samplers.py draw    # samplers.md and samplers.png again, from samplers.csv
+
+A policy is cloned with its task's preset (of the slalom: the flags of slalom.txt) on all data but what it is compared
+with, and its running average is sampled, as in a run.
+
+    distance    sliced Wasserstein distance (64 directions, order 1) of its actions, one per state, from fresh data's in
+                the same states. Slalom: fresh demonstrations, before each pillar. Drawer: every fifth transition (the
+                noise of each is its own); there an action stands for its difference from the scripted expert's
+    between     share of its actions that are 4 or more standard deviations of the data's noise away from either side
+    spread      standard deviation of its actions around the nearer side, or around the expert's, divided by the data's
+    success     of 100 episodes of the policy alone
+    ms          CPU time to draw the samples for a critic's batch of the preset, K at each of 2 B states
+
+A flow is cloned once for all numbers of steps, which its loss does not know.
+"""
+
+import copy
+import csv
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import common  # noqa: E402
+import envs  # noqa: E402
+import parl_diffusion as parl  # noqa: E402
+from benchmark import slalom  # noqa: E402
+
+TASKS = {  # --env-id and flags
+    "slalom": ("benchmark.slalom:Slalom-v0", parl.SMALL | dict(bc_steps=4000, batch_size=128, width=64)),
+    "drawer-open": ("metaworld-drawer-open", parl.PRESETS["metaworld"] | dict(bc_steps=6000)),
+}
+STEPS, WIDTHS, SEEDS, NUM_EPISODES = (5, 10, 20), (64, 128), (0, 1, 2), 100
+STATE = (1.0, 0.0)  # before the second pillar, as in modes.py
+SETTING = ["task", "objective", "schedule", "width", "steps"]
+COLUMNS = [*SETTING, "seed", "distance", "between", "spread", "success", "ms"]
+
+
+def vp_betas(num_steps):
+    """Noise variances (T,) of a variance-preserving process (Song et al., 2021) in num_steps, as IDQL has it."""
+    t = torch.arange(1, num_steps + 1, dtype=torch.float64)
+    return (1 - torch.exp(-0.1 / num_steps - 0.5 * 9.9 * (2 * t - 1) / num_steps**2)).float()
+
+
+SCHEDULES = {"cosine": parl.cosine_betas, "vp": vp_betas}
+
+
+class SlalomData:
+    """What to clone, and fresh demonstrations before each of the pillars."""
+
+    def __init__(self):
+        data, fresh = slalom.demonstrations(1500), slalom.demonstrations(3000, seed=100_000)
+        self.obs, self.actions = data["observations"], data["actions"]
+        self.fresh = [self.before(fresh, pillar) for pillar in range(len(slalom.PILLARS))]
+        self.again = [self.before(data, pillar)[1] for pillar in range(len(slalom.PILLARS))]
+
+    def before(self, data, pillar):
+        rows = np.abs(data["observations"][:, 0] - pillar) <= 0.25
+        return data["observations"][rows], data["actions"][rows]
+
+    def off(self, obs, actions):
+        """How far actions (N, 2) are, sideways, from the nearer of the two ways past the pillar: (N,)."""
+        sides = (np.array([[-0.5, 0.5]]) - obs[:, 1:]) / slalom.STRIDE  # (N, 2)
+        offsets = actions[:, 1:] - sides
+        return np.take_along_axis(offsets, np.abs(offsets).argmin(1)[:, None], 1)[:, 0]
+
+    def compare(self, act):
+        """distance, between and spread of act(obs (N, O)) -> (N, A)."""
+        actions = [act(obs) for obs, _ in self.fresh]
+        offsets = np.concatenate([self.off(obs, a) for (obs, _), a in zip(self.fresh, actions, strict=True)])
+        near = np.abs(offsets) < 4 * 0.07
+        distances = [sliced_wasserstein(a, fresh) for a, (_, fresh) in zip(actions, self.fresh, strict=True)]
+        return {"distance": np.mean(distances), "between": 1 - near.mean(), "spread": offsets[near].std() / 0.07}
+
+    def floor(self):
+        return np.mean([sliced_wasserstein(a, fresh) for a, (_, fresh) in zip(self.again, self.fresh, strict=True)])
+
+
+class DrawerData:
+    """What to clone, and every fifth transition, which is kept back, with the expert's actions there."""
+
+    def __init__(self):
+        env_id, _ = TASKS["drawer-open"]
+        family, buffer = envs.family_module(env_id), envs.load_dataset(env_id)
+        obs, actions = buffer.states[buffer.state_rows[: len(buffer)]], buffer.actions[: len(buffer)]
+        expert = family.ENV_POLICY_MAP[f"{family.task_of(env_id)}-v3"]()
+        kept_back = np.arange(len(buffer)) % 5 == 4
+        self.obs, self.actions = obs[~kept_back], actions[~kept_back]
+        self.fresh_obs = obs[kept_back]
+        best = np.stack([family.expert_action(expert, row) for row in obs]).clip(-1, 1)
+        self.expert = best[kept_back]
+        self.noise, self.again = actions[kept_back] - self.expert, (actions - best)[~kept_back]
+
+    def compare(self, act):
+        noise = act(self.fresh_obs) - self.expert
+        spread = noise.std(0).mean() / self.noise.std(0).mean()
+        return {"distance": sliced_wasserstein(noise, self.noise), "spread": float(spread)}
+
+    def floor(self):
+        return sliced_wasserstein(self.again, self.noise)
+
+
+def sliced_wasserstein(one, two, num_directions=64, num_quantiles=1000):
+    """Mean over directions of the distance between the distributions of the projections: (N, A), (M, A) -> float."""
+    directions = np.random.default_rng(0).standard_normal((one.shape[1], num_directions))
+    directions /= np.linalg.norm(directions, axis=0)
+    levels = (np.arange(num_quantiles) + 0.5) / num_quantiles
+    return float(np.mean(np.abs(np.quantile(one @ directions, levels, 0) - np.quantile(two @ directions, levels, 0))))
+
+
+def make_policy(task, data, objective, schedule, steps, width, seed):
+    """(args, policy) before it is cloned."""
+    _, flags = TASKS[task]
+    torch.manual_seed(seed)
+    args = parl.Args(**flags | dict(objective=objective, diffusion_steps=steps, width=width, seed=seed))
+    policy = parl.DiffusionPolicy(data.obs.shape[1], data.actions.shape[1], args)
+    set_schedule(policy, schedule, steps)
+    return args, policy
+
+
+def set_schedule(policy, schedule, steps):
+    betas = SCHEDULES[schedule](steps)
+    policy.num_steps, policy.betas, policy.alphas = steps, betas, 1 - betas
+    policy.alpha_bars = torch.cumprod(1 - betas, 0)
+
+
+def clone(data, normalizer, args, policy):
+    """Phase 1 of `parl_diffusion.train`: the running average of the cloned policy."""
+    obs, actions = normalizer(torch.from_numpy(data.obs)), torch.from_numpy(data.actions).clamp(-0.99999, 0.99999)
+    policy_ema, generator = copy.deepcopy(policy).eval(), np.random.default_rng(args.seed)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.bc_lr, fused=True)
+    for step in range(args.bc_steps):
+        rows = torch.from_numpy(generator.integers(len(obs), size=args.batch_size))
+        lr = parl.learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)
+        parl.update_policy(policy, policy_ema, optimizer, obs[rows], actions[rows], lr, args)
+    return policy_ema
+
+
+def measure(data, normalizer, policy, simulators):
+    """The columns of one cloned policy that depend on what it has learned."""
+
+    def act(obs, keys=None):
+        return policy.sample(normalizer(torch.from_numpy(obs)), 1, keys)[:, 0].numpy()
+
+    torch.manual_seed(0)
+    row = data.compare(act)
+    seeds = range(common.EVALUATION_SEED, common.EVALUATION_SEED + NUM_EPISODES)
+    return row | {"success": np.mean([episode["success"] for episode in common.run_episodes(simulators, act, seeds)])}
+
+
+def milliseconds(task, data, repeats=10):
+    """{(objective, steps, width): median CPU time of sampling}, taking turns."""
+    times = {setting: [] for setting in itertools.product(("ddpm", "flow"), STEPS, WIDTHS)}
+    for _ in range(repeats):
+        for (objective, steps, width), values in times.items():
+            args, policy = make_policy(task, data, objective, "cosine", steps, width, 0)
+            states = torch.randn(2 * args.batch_size, data.obs.shape[1])
+            began = time.process_time()
+            policy.eval().sample(states, args.num_samples)
+            values.append(1000 * (time.process_time() - began))
+    return {setting: statistics.median(values) for setting, values in times.items()}
+
+
+def plan():
+    """(width, seed, objective, schedule, steps that one cloning serves); vp: seed 0 of the smaller width alone."""
+    for width in WIDTHS:
+        for seed in SEEDS:
+            yield width, seed, "flow", "cosine", STEPS
+            yield from ((width, seed, "ddpm", "cosine", (steps,)) for steps in STEPS)
+            if seed == 0 and width == WIDTHS[0]:
+                yield from ((width, seed, "ddpm", "vp", (steps,)) for steps in STEPS)
+
+
+def run():
+    """Write samplers.csv, a row per task, setting and seed, as they come."""
+    torch.set_num_threads(1)
+    common.keep_freed_memory()
+    with open(HERE / "samplers.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for task, make_data in {"slalom": SlalomData, "drawer-open": DrawerData}.items():
+            data, (env_id, flags) = make_data(), TASKS[task]
+            simulators = [envs.make(env_id, flags.get("sparse_reward", False)) for _ in range(10)]
+            normalizer = common.Normalizer(data.obs.shape[1], data.obs)
+            ms, pictures = milliseconds(task, data), {}
+            rows = [{"objective": "data", "distance": data.floor(), "between": 0.0, "spread": 1.0}]
+            for width, seed, objective, schedule, all_steps in plan():
+                args, policy = make_policy(task, data, objective, schedule, all_steps[0], width, seed)
+                policy = clone(data, normalizer, args, policy)
+                for steps in all_steps:
+                    set_schedule(policy, schedule, steps)
+                    row = dict(objective=objective, schedule="" if policy.flow else schedule, width=width, steps=steps)
+                    row |= dict(seed=seed, ms=ms[objective, steps, width])
+                    rows.append(row | measure(data, normalizer, policy, simulators))
+                    if task == "slalom" and (seed, width, schedule) == (0, WIDTHS[0], "cosine"):
+                        pictures[objective, steps] = policy.sample(normalizer(torch.tensor([STATE])), 400)[0]
+                while rows:
+                    row = {"task": task, **rows.pop(0)}
+                    print(row, flush=True)
+                    writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+                file.flush()
+            if pictures:
+                draw_modes(pictures, data)
+
+
+# ======================================== TABLE AND PLOTS ========================================
+
+
+LINES = {  # objective, schedule, width: how it is drawn
+    ("ddpm", "cosine", "64"): ("tab:blue", "-"),
+    ("ddpm", "cosine", "128"): ("tab:blue", "--"),
+    ("ddpm", "vp", "64"): ("tab:green", "-"),
+    ("flow", "", "64"): ("tab:orange", "-"),
+    ("flow", "", "128"): ("tab:orange", "--"),
+}
+HEADER = """HEADER
+
+"""
+
+
+def read():
+    """{(task, objective, schedule, width, steps): rows of samplers.csv, one per seed}, numbers where they are some."""
+    settings = {}
+    with open(HERE / "samplers.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = {name: float(row[name]) for name in COLUMNS if name not in SETTING and row[name]}
+            settings.setdefault(tuple(row[name] for name in SETTING), []).append(numbers)
+    return settings
+
+
+def write_table(settings):
+    lines = ["| task | objective | schedule | width | steps | distance | between | spread | success | ms |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
+    for setting, rows in settings.items():
+        cells = []
+        for name, form in (("distance", "{:.3f}"), ("between", "{:.1%}"), ("spread", "{:.2f}"), ("success", "{:.0%}")):
+            values = [row[name] for row in rows if name in row]
+            each = f" ({', '.join(form.format(value) for value in values)})" if len(values) > 1 else ""
+            cells.append(form.format(statistics.mean(values)) + each if values else "")
+        cells.append(f"{rows[0]['ms']:.1f}" if "ms" in rows[0] else "")
+        lines.append(f"| {' | '.join((*setting, *cells))} |")
+    (HERE / "samplers.md").write_text(HEADER + "\n".join(lines) + "\n")
+
+
+def draw_modes(pictures, data):
+    """{(objective, steps): actions (400, 2) at STATE} over the demonstrations' there."""
+    near = np.linalg.norm(data.obs - STATE, axis=1) < 0.1
+    figure = matplotlib.figure.Figure(figsize=(8.5, 6.2), layout="constrained")
+    axes = figure.subplots(2, len(STEPS), sharex=True, sharey=True)
+    for row, objective in enumerate(("ddpm", "flow")):
+        for axis, steps in zip(axes[row], STEPS, strict=True):
+            axis.scatter(*data.actions[near][:400].T, s=4, color="0.8", label="demonstrations")
+            axis.scatter(*pictures[objective, steps].T, s=4, color="tab:blue", label="samples")
+            axis.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal", title=f"{objective}, {steps} steps")
+    for axis in axes[1]:
+        axis.set_xlabel("action, forwards")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("action, sideways")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(HERE / "samplers_modes.png", dpi=120)
+
+
+def draw(settings):
+    """Every seed a dot, a line through the means, over the steps."""
+    figure = matplotlib.figure.Figure(figsize=(11, 6.5), layout="constrained")
+    axes = figure.subplots(2, len(TASKS), sharex=True, squeeze=False)
+    for column, task in enumerate(TASKS):
+        for name, axis in zip(("distance", "success"), axes[:, column], strict=True):
+            for (objective, schedule, width), (color, style) in LINES.items():
+                rows = [settings[task, objective, schedule, width, str(steps)] for steps in STEPS]
+                label = f"{objective}{schedule and ' '}{schedule}, width {width}"
+                axis.plot(
+                    STEPS,
+                    [statistics.mean(row[name] for row in some) for some in rows],
+                    style,
+                    color=color,
+                    label=label,
+                )
+                points = [(steps, row[name]) for steps, some in zip(STEPS, rows, strict=True) for row in some]
+                axis.plot(*zip(*points, strict=True), ".", color=color, alpha=0.5)
+            axis.grid(alpha=0.3)
+        floor = settings[task, "data", "", "", ""][0]["distance"]
+        axes[0, column].axhline(floor, color="0.3", linestyle=":", label="two draws of the data")
+        axes[0, column].set(title=task, ylim=(0, None))
+        axes[1, column].set(xlabel="sampling steps", xticks=STEPS, ylim=(0, 1))
+    axes[0, 0].set_ylabel("distance to fresh data")
+    axes[1, 0].set_ylabel("success of the clone")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(HERE / "samplers.png", dpi=120)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == []:
+        run()
+    write_table(read())
+    draw(read())
