@@ -860,7 +860,6 @@ def open_run(args, script, generator, dataset, kept):
 
     kept: see `Checkpoint`, the policy and its average among it. Raises InputError.
     """
-    directory = run_directory(args, script)
     shape = dict(obs_dim=dataset.states.shape[1], act_dim=args.action_chunk * dataset.actions.shape[1])
     identity = dict(policy_class=type(kept["policy"]).__name__, env_id=args.env_id) | shape
     if args.policy_checkpoint and not args.resume:
@@ -870,7 +869,7 @@ def open_run(args, script, generator, dataset, kept):
         kept["policy"].load_state_dict(kept["policy_ema"].state_dict())
     if not args.eval_only:  # which needs no data
         identity["dataset_sha256"] = dataset.sha256
-    counters = Counters(args)
+    directory, counters = run_directory(args, script), Counters(args)
     log = Log(directory, args, counters)
     checkpoint = Checkpoint(directory, args, identity, generator, counters=counters, log=log, **kept)
     if args.resume:

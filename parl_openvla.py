@@ -40,21 +40,28 @@ files load as they are; LoRA trains it. Against parl_transformer.py, where image
     POLICY                OpenVLA, and the files of a checkpoint and of adapters
     CRITIC                an image encoder before the ensemble; the action enters every layer
     ACTION OPTIMISATION   `act` encodes the image, once per state; samples, slow to draw, are kept in a SampleStore
-    LOSSES                `update_critic` shifts and encodes images; `update_policy` averages gradients over GPUs
-    TRAIN                 images, instruction, warm-up trials, several GPUs with torchrun
+    LOSSES                `update_critic` shifts and encodes images
+    TRAIN                 images in a file, an instruction per episode, warm-up trials, several GPUs with torchrun
 
     python parl_openvla.py    # a tiny model of the same classes closes a drawer: 65 % cloned, 98 % 20 minutes later
     python parl_openvla.py --checkpoint openvla/openvla-7b --env-id my_robot:Reach-v0 --warmup-episodes 50
 """
 
+import bisect
 import copy
 import dataclasses
 import datetime
+import functools
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -68,7 +75,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
@@ -81,7 +88,7 @@ class Args(common.RunArgs):
     """The method's flags, beside those of every run (see common.RunArgs); the paper's for OpenVLA where it has them."""
 
     env_id: str = "metaworld-drawer-close"  # any metaworld-*, or gymnasium id whose observations have an "image"
-    instruction: str = ""  # what the policy is told; empty: the environment's
+    instruction: str = ""  # what the policy is told; empty: the environment's, at each reset
     # phases
     warmup_episodes: int = 0  # trials of the policy as it is, in place of a dataset and cloning
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
@@ -136,6 +143,7 @@ class Args(common.RunArgs):
     gradient_checkpointing: bool = False  # compute each block again in the backward pass: less memory, a third slower
     targets_per_image: int = 1  # actions distilled per image, behind one prefix (R)
     images_per_forward: int = 16  # images sampled from at a time
+    sample_temperature: float = 1.0  # of the raw policy in evaluations; 0: the likeliest tokens, as in official ones
 
 
 # What a family of environments changes, here for the tiny model: common.main starts from the one of --env-id, and a
@@ -470,17 +478,21 @@ class OpenVLAPolicy(nn.Module):
         return h
 
     @torch.no_grad()
-    def sample(self, obs, num_samples, seeds=None):
-        """Observations -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i]."""
+    def sample(self, obs, num_samples, seeds=None, temperature=1.0):
+        """Observations -> actions (B, K, A). With `seeds`, B tuples of integers, row i's noise comes from seeds[i].
+
+        temperature: of each token's distribution; 0 takes its likeliest.
+        """
         shape = (len(obs["instruction"]), num_samples, self.act_dim)
         uniform = torch.special.ndtr(common.seeded_normal(shape, seeds, self.device))
         tokens = []
         for start in range(0, len(uniform), self.images_per_forward):
             rows = slice(start, start + self.images_per_forward)
-            tokens.append(self.sample_tokens({name: value[rows] for name, value in obs.items()}, uniform[rows]))
+            some = {name: value[rows] for name, value in obs.items()}
+            tokens.append(self.sample_tokens(some, uniform[rows], temperature))
         return self.detokenize(torch.cat(tokens))
 
-    def sample_tokens(self, obs, uniform):
+    def sample_tokens(self, obs, uniform, temperature=1.0):
         """One dimension after the other; uniform (B, K, A) in [0, 1] decides -> tokens (B, K, A).
 
         The image and the prompt are read once: the K samples are K queries against the prefix's one set of keys and
@@ -499,9 +511,12 @@ class OpenVLAPolicy(nn.Module):
         h = h[torch.arange(B, device=h.device), lengths - 1][:, None]  # (B, 1, W): what all samples have read
         tokens = []
         for d in range(A):
-            probs = torch.softmax(F.linear(model["norm"](h), action_rows).float(), -1)  # (B, 1 or K, 256)
-            probs = probs.expand(B, K, -1).flatten(0, 1)
-            token = draw(probs, uniform[:, :, d].reshape(-1, 1)).view(B, K) + first
+            logits = F.linear(model["norm"](h), action_rows).float().expand(B, K, -1)  # (B, K, 256)
+            if temperature:
+                probs = torch.softmax(logits / temperature, -1).flatten(0, 1)
+                token = draw(probs, uniform[:, :, d].reshape(-1, 1)).view(B, K) + first
+            else:
+                token = logits.argmax(-1) + first
             tokens.append(token)
             if d < A - 1:
                 start, stop = d * K, (d + 1) * K
@@ -543,9 +558,10 @@ class OpenVLAPolicy(nn.Module):
         return np.where(self.statistics["mask"], 0.5 * (actions + 1) * (high - low) + low, actions)
 
     def normalize(self, actions):
-        """Arrays (..., A) in the environment's units -> [-1, 1]: the inverse of `unnormalize`, clipped."""
+        """Arrays (..., A) in the environment's units -> [-1, 1]: the inverse of `unnormalize`, clipped. A dimension
+        that was constant in the checkpoint's data, q01 = q99, is 0, as the official code trained it."""
         low, high = np.array(self.statistics["q01"]), np.array(self.statistics["q99"])
-        scaled = 2 * (actions - low) / (high - low + 1e-8) - 1
+        scaled = np.where(low == high, 0.0, 2 * (actions - low) / (high - low + 1e-8) - 1)
         return np.where(self.statistics["mask"], scaled, actions).clip(-1, 1)
 
 
@@ -559,6 +575,7 @@ def load_policy(act_dim, args, device):
     if Path(args.checkpoint).is_dir():
         args.checkpoint = str(Path(args.checkpoint).resolve())  # so that --resume works from any folder
     folder = checkpoint_folder(args.checkpoint, CONFIGS)  # errors before 15 GB are downloaded
+    check_kind(folder)
     sizes, statistics = read_config(folder, args.unnorm_key)
     if len(statistics["q01"]) != act_dim:
         raise InputError(
@@ -573,7 +590,9 @@ def load_policy(act_dim, args, device):
             f"--checkpoint {folder}: {num_parameters / 1e9:.1f}e9 parameters; expected --device cuda with "
             f"{2e-9 * num_parameters:.0f} GB of memory for them in bfloat16, and more for what is computed"
         )
-    load_weights(policy, checkpoint_folder(args.checkpoint), getattr(torch, args.dtype), device)
+    folder = checkpoint_folder(args.checkpoint)
+    load_weights(policy, folder, getattr(torch, args.dtype), device)
+    policy.base = {"checkpoint": args.checkpoint, "index_sha256": index_sha256(folder)}
     if args.lora_rank:
         policy.add_lora(args.lora_rank, args.lora_alpha)
     return policy
@@ -610,6 +629,38 @@ def read_json(path):
         raise InputError(f"--checkpoint {path.parent}: cannot read {path.name} ({error})") from error
 
 
+# Names of files, flags and tensors of OpenVLA-OFT's fine-tunes; endings of tensors that bitsandbytes, GPTQ and AWQ add
+OFT = "action_head|proprio_projector|action_projector|actions?_chunk|l1_regression|use_diffusion|use_film|backbone--"
+QUANTIZED = r"\.(SCB|absmax|quant_map|quant_state.*|weight_format|qweight|qzeros|scales)$"
+
+
+def check_kind(folder):
+    """Raises InputError, naming what was found, for another kind of checkpoint than OpenVLA's own: with adapters apart,
+    pickled weights alone, quantised weights, OFT's chunks, images resized in another way."""
+    names = sorted(path.name for path in folder.iterdir())
+    if apart := [name for name in names if re.fullmatch(r"adapter(_model|_config|s)\.(safetensors|bin|json)", name)]:
+        how = "ours with merge_adapters, peft's with PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload()"
+        raise InputError(f"--checkpoint {folder}: has {apart[0]}, LoRA's adapters; merge them first, {how}")
+    pickled = [name for name in names if re.fullmatch(r"pytorch_model.*\.(bin|json)|.*\.pth?", name)]
+    if pickled and not any(name.startswith("model") and ".safetensors" in name for name in names):
+        how = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+        raise InputError(f"--checkpoint {folder}: has {pickled[0]} and no safetensors; convert it first: {how}")
+    config = read_json(folder / "config.json")
+    if quantized := config.get("quantization_config"):
+        raise InputError(f"--checkpoint {folder}: config.json has quantization_config {quantized}; expected floats")
+    official = folder / "modeling_prismatic.py"
+    options = [name for name, value in config.items() if value not in (None, False, 0, 1)]
+    found = [name for name in names + options if re.search(OFT, name)]
+    if official.is_file() and "NUM_ACTIONS_CHUNK" in official.read_text(errors="replace"):
+        found.append("NUM_ACTIONS_CHUNK in modeling_prismatic.py")
+    if found:
+        raise InputError(f"--checkpoint {folder}: has {found[0]}, as of OpenVLA-OFT; expected one action, in tokens")
+    for name in ("config.json", "preprocessor_config.json"):
+        how = read_json(folder / name).get("image_resize_strategy") if name in names else None
+        if how not in (None, "resize-naive"):
+            raise InputError(f"--checkpoint {folder}: {name} has image_resize_strategy {how}; expected resize-naive")
+
+
 def read_config(folder, unnorm_key):
     """A checkpoint's config.json -> Sizes, and the action statistics of the dataset `unnorm_key`.
 
@@ -632,17 +683,32 @@ def read_config(folder, unnorm_key):
     statistics = read_json(fine_tuned) if fine_tuned.exists() else config.get("norm_stats") or {}
     if not unnorm_key and len(statistics) == 1:
         (unnorm_key,) = statistics
+    if unnorm_key not in statistics and f"{unnorm_key}_no_noops" in statistics:  # as the official evaluation does
+        unnorm_key += "_no_noops"
     if unnorm_key not in statistics:
         keys = ", ".join(sorted(statistics)) or f"the norm_stats of config.json, and {folder} has none"
         raise InputError(f"--unnorm-key {unnorm_key or '(none)'}: expected one of {keys}")
-    actions = statistics[unnorm_key].get("action", {})
-    lengths = [len(actions.get(name, actions.get("q01", ()))) for name in ("q01", "q99", "mask")]
-    if not {"q01", "q99"} <= actions.keys() or len(set(lengths)) > 1:
-        raise InputError(
-            f"--unnorm-key {unnorm_key}: in {folder} its action has {', '.join(actions) or 'nothing'}; expected q01, "
-            "q99 and mask of one length"
-        )
-    return sizes, {"mask": [True] * len(actions["q01"]), **actions}
+    path = fine_tuned if fine_tuned.exists() else folder / "config.json"
+    return sizes, action_statistics(statistics[unnorm_key], f"--unnorm-key {unnorm_key}: in {path} its action")
+
+
+def action_statistics(entry, where):
+    """{"q01", "q99", "mask"}, lists of one length, of a dataset's entry. Raises InputError, beginning with `where`."""
+    actions = entry.get("action") if isinstance(entry, dict) else None
+    actions = actions if isinstance(actions, dict) else {}
+    found = {"mask": [True] * len(np.atleast_1d(actions.get("q01", ())))} | actions
+    found = {name: found[name] for name in ("q01", "q99", "mask") if isinstance(found.get(name), list)}
+    if len(found) < 3 or len(set(map(len, found.values()))) > 1:
+        raise InputError(f"{where} has {', '.join(actions) or 'nothing'}; expected q01, q99 and mask of one length")
+    for i, (low, high, is_normalized) in enumerate(zip(*found.values(), strict=True)):
+        for name, value in (("q01", low), ("q99", high)):
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise InputError(f"{where} has {name}[{i}] = {value!r}; expected a finite number")
+        if low > high:
+            raise InputError(f"{where} has q01[{i}] = {low}, more than q99[{i}] = {high}; expected at most that")
+        if not isinstance(is_normalized, bool):
+            raise InputError(f"{where} has mask[{i}] = {is_normalized!r}; expected true or false")
+    return found
 
 
 def read_tokenizer(folder):
@@ -678,6 +744,9 @@ def load_weights(policy, folder, dtype, device):
     """Read a checkpoint's tensors into the policy, one file after the other, straight to the device. Tensors that the
     model does not use are skipped. Raises InputError for one that is missing or of another shape."""
     where, expected, tensors = shards(folder), policy.state_dict(), {}
+    if strange := [name for name in sorted(where) if re.search(QUANTIZED, name) or re.search(OFT, name)]:
+        expected = "expected OpenVLA's own, neither quantised nor OFT's"
+        raise InputError(f"--checkpoint {folder}: has tensor {strange[0]}; {expected}")
     if missing := [name for name in expected if name not in where]:
         raise InputError(f"--checkpoint {folder}: tensor {missing[0]} is missing, one of {len(missing)}")
     for path in sorted({where[name] for name in expected}):
@@ -686,7 +755,9 @@ def load_weights(policy, folder, dtype, device):
             for name in (name for name in expected if where[name] == path):
                 if name not in held:
                     raise InputError(f"--checkpoint {path}: tensor {name} is missing, though the index has it there")
-                shape = file.get_slice(name).get_shape()
+                shape, kind = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+                if kind not in ("BF16", "F16", "F32", "F64"):
+                    raise InputError(f"--checkpoint {path}: tensor {name} has type {kind}; expected BF16, F16 or F32")
                 if shape != list(expected[name].shape):
                     raise InputError(
                         f"--checkpoint {path}: tensor {name} has shape {shape}; expected {list(expected[name].shape)}"
@@ -695,62 +766,59 @@ def load_weights(policy, folder, dtype, device):
     policy.load_state_dict(tensors, assign=True)
 
 
+def index_sha256(folder):
+    """Of the list of a checkpoint's tensors: the index file's, or the header's of the one file."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return hashlib.sha256(index.read_bytes()).hexdigest()
+    with open(folder / "model.safetensors", "rb") as file:
+        return hashlib.sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()
+
+
 def save_adapters(policy, path):
-    """Write what LoRA adds, and nothing else, to a safetensors file."""
-    adapters = {name: value.detach().cpu() for name, value in policy.named_parameters() if "lora_" in name}
-    scale = policy.projector.fc1.lora_scale
+    """Write what LoRA adds, and nothing else, to a safetensors file; it names the checkpoint that they belong to."""
+    adapters = {name: value.cpu() for name, value in policy.state_dict().items()}
     partial = Path(path).with_suffix(".partial")
-    save_file(adapters, partial, metadata={"scale": repr(scale)})
+    save_file(adapters, partial, metadata={"scale": repr(policy.projector.fc1.lora_scale), **policy.base})
     partial.replace(path)
 
 
 def read_adapters(path):
-    """(tensors by name, alpha / rank) of a file by save_adapters. Raises InputError naming the file."""
+    """(tensors by name, alpha / rank, what it names) of a file by save_adapters. Raises InputError naming the file."""
     try:
         with safe_open(path, framework="pt") as file:
-            names, scale = file.keys(), float(file.metadata()["scale"])
-            return {name: file.get_tensor(name) for name in names}, scale
+            base = file.metadata()
+            return {name: file.get_tensor(name) for name in file.keys()}, float(base["scale"]), base  # noqa: SIM118
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"adapters {path}: expected a file by save_adapters ({first_line(error)})") from error
 
 
-def load_adapters(policy, path):
-    """Read a file by save_adapters into a policy with LoRA of the same rank and alpha. Raises InputError."""
-    adapters, scale = read_adapters(path)
-    own = {name: value for name, value in policy.named_parameters() if "lora_" in name}
-    for name in sorted(own.keys() | adapters.keys()):
-        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (adapters, own)]
-        if shapes[0] != shapes[1]:
-            raise InputError(f"adapters {path}: tensor {name} has shape {shapes[0]}; expected {shapes[1]}")
-    if own and scale != policy.projector.fc1.lora_scale:
-        raise InputError(
-            f"adapters {path}: alpha / rank is {scale}; expected {policy.projector.fc1.lora_scale} (--lora-alpha)"
-        )
-    policy.load_state_dict(adapters, strict=False)
-
-
 def merge_adapters(checkpoint_path, adapters_path, target):
     """Write the checkpoint in a folder with a file of adapters added to its weights, in the released layout: the same
-    files, shards, names and types, to the new folder `target`. One shard at a time is in memory. Raises InputError."""
-    folder, target, (adapters, scale) = Path(checkpoint_path), Path(target), read_adapters(adapters_path)
+    files, shards, names and types, to the new folder `target`. Files are copied and the weights changed in the copies,
+    so that one tensor at a time is in memory. Raises InputError."""
+    folder, target, (adapters, scale, base) = Path(checkpoint_path), Path(target), read_adapters(adapters_path)
     if target.exists():
         raise InputError(f"{target}: exists; expected a new folder for the merged checkpoint")
     where = shards(folder)
     layers = {name.removesuffix(".lora_a") for name in adapters if name.endswith(".lora_a")}
-    if strangers := [layer for layer in sorted(layers) if f"{layer}.weight" not in where]:
-        raise InputError(f"adapters {adapters_path}: {folder} has no {strangers[0]}.weight; expected its adapters")
+    strangers = [layer for layer in sorted(layers) if f"{layer}.weight" not in where]
+    if strangers or base.get("index_sha256") not in (None, index_sha256(folder)):
+        reason = f"{folder} has no {strangers[0]}.weight" if strangers else f"{folder} has another index"
+        raise InputError(f"adapters {adapters_path}: {reason}; expected its base, {base.get('checkpoint')}")
     partial = target.with_name(f"{os.getpid()}-{target.name}")
     partial.mkdir(parents=True)
-    for path in sorted(set(where.values())):
-        tensors = load_file(path)
-        for layer in layers & {name.removesuffix(".weight") for name in tensors}:
-            weight = tensors[f"{layer}.weight"]
-            added = scale * adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
-            tensors[f"{layer}.weight"] = (weight.float() + added).to(weight.dtype)
-        save_file(tensors, partial / path.name, metadata={"format": "pt"})
-    for path in folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors":
-            shutil.copy(path, partial)
+    for path in filter(Path.is_file, folder.iterdir()):
+        shutil.copy(path, partial)
+    for layer in sorted(layers):
+        name = f"{layer}.weight"
+        with safe_open(where[name], framework="pt") as file:
+            weight = file.get_tensor(name)
+        merged = weight.float() + scale * adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
+        with open(partial / where[name].name, "r+b") as file:  # its header's length, 8 bytes; the header; the tensors
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(8 + length + json.loads(file.read(length))[name]["data_offsets"][0])
+            file.write(merged.to(weight.dtype).view(torch.uint8).numpy().tobytes())
     partial.rename(target)
 
 
@@ -802,6 +870,12 @@ class Residual(nn.Module):
         return x + self.second(F.silu(self.first(F.silu(x))))
 
 
+@functools.cache
+def signs(text, number):
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest(), "little")
+    return np.random.default_rng(seed).choice(np.float32([-1, 1]), number)
+
+
 class Critic(nn.Module):
     """E value functions Q_e(s, a), a batch dimension of the weights, behind one image encoder that they share.
 
@@ -810,16 +884,19 @@ class Critic(nn.Module):
     read the action too, LayerNorm, SiLU; then a head for the value, a scalar, or with --num-bins a distribution.
 
     obs_dim: O, the width of an encoding.
+    NOTE(differs): the critic knows instructions by fixed random signs on an encoding (released: one instruction a run).
+    NOTE(differs): an image's encoding keeps where things are (released: ResNet-18, averaged over the image).
+    NOTE(differs): the critic's images are averaged down to its size (released: resized by a cubic filter).
     NOTE(differs): all members of the ensemble share one output head (as in the released code).
     """
 
     # of a checkpoint: its weights mean nothing with others
-    fixed_flags = ("num_bins", "q_min", "q_max", "critic_image_size")
+    fixed_flags = ("num_bins", "q_min", "q_max", "critic_image_size", "instruction")
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
-        layers, channels, self.image_size = [], 3, args.critic_image_size
-        size = self.image_size
+        layers, channels, size = [], 3, args.critic_image_size
+        self.image_size, self.obs_dim, self.instruction = size, obs_dim, args.instruction
         for width in args.encoder_widths:
             layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), Residual(width)]
             channels, size = width, (size + 1) // 2
@@ -839,10 +916,15 @@ class Critic(nn.Module):
         edges = torch.linspace(args.q_min, args.q_max, args.num_bins + 1)
         self.register_buffer("centers", (edges[:-1] + edges[1:]) / 2, persistent=False)  # (bins,)
 
-    def encode(self, images):
-        """images (B, height, width, 3) uint8 -> obs (B, O)."""
+    def encode(self, images, codes=0.0):
+        """images (B, height, width, 3) uint8, the instructions' codes (B, O) -> obs (B, O)."""
         x = images.to(self.head_bias.device).permute(0, 3, 1, 2).float() / 255 - 0.5  # (B, 3, height, width)
-        return self.encoder(F.interpolate(x, (self.image_size, self.image_size), mode="area"))
+        return self.encoder(F.interpolate(x, (self.image_size, self.image_size), mode="area")) + codes
+
+    def codes(self, instructions):
+        """B strings -> (B, O): random signs that follow from the text; 0 for the run's own instruction."""
+        rows = [signs(text, self.obs_dim) * (text != self.instruction) for text in instructions]
+        return torch.from_numpy(np.stack(rows)).to(self.head_bias.device)
 
     def forward(self, obs, actions, members=None):
         """obs (B, O), actions (B, N, A) -> q (E, B, N), logits (E, B, N, bins) or None for a scalar critic.
@@ -936,7 +1018,8 @@ def choose(actions, q, sample=False):
 def act(policy, critic, obs, args, seeds=None):
     """The action PA-RL takes: the best optimised one, observations -> (B, A). Without critic: policy.sample(obs, 1)."""
     candidates = policy.sample(obs, args.num_samples, seeds)
-    return choose(*optimize_actions(critic, critic.encode(torch.as_tensor(obs["image"])), candidates, args))
+    encoded = critic.encode(torch.as_tensor(obs["image"]), critic.codes(obs["instruction"]))
+    return choose(*optimize_actions(critic, encoded, candidates, args))
 
 
 @torch.no_grad()
@@ -964,8 +1047,8 @@ class SampleStore:
     """The policy's K samples at each of S states: the dataset's and, after them, the online buffer's.
 
     actions (S, K, A) in float16, and the version of the policy that drew them, -1 where none were; a state first met
-    while the policy is distilled has the version from before. The noise follows from (seed, state, version) alone:
-    ranks can share the drawing in any way. `observe(rows)` looks at states.
+    while the policy is distilled has the version from before. The noise follows from (seed, state, version) alone.
+    `observe(rows)` looks at states.
 
     NOTE(differs): samples are kept beside their state with a version (released: worker processes, by the mean pixel).
     """
@@ -982,15 +1065,9 @@ class SampleStore:
         self.versions = torch.cat([self.versions, self.versions.new_full((new,), -1)])
 
     def draw(self, policy, rows, observe):
-        """Draw samples of the policy as it is at the states `rows` (N,); each rank draws its share."""
-        rank, num_ranks = ranks()
-        drawn = torch.zeros(len(rows), *self.actions.shape[1:], device=policy.device)
-        mine = rows[rank::num_ranks]
-        if len(mine):
-            seeds = [(self.seed, row, self.version) for row in mine.tolist()]
-            drawn[rank::num_ranks] = policy.sample(observe(mine), drawn.shape[1], seeds)
-        if num_ranks > 1:
-            dist.all_reduce(drawn)  # the sum: each row is one rank's
+        """Draw samples of the policy as it is at the states `rows` (N,)."""
+        seeds = [(self.seed, row, self.version) for row in rows.tolist()]
+        drawn = together(sample_share, policy, observe(rows), self.actions.shape[1], seeds)
         self.actions[rows], self.versions[rows] = drawn.half().cpu(), self.version
 
     def at(self, policy, rows, observe):
@@ -999,6 +1076,10 @@ class SampleStore:
         if len(missing):
             self.draw(policy, missing, observe)
         return self.actions[rows].float()
+
+    def age(self, rows):
+        """By how many versions, on average, the samples at the states `rows` are older than the policy."""
+        return (self.version - self.versions[rows]).float().mean()
 
     def refresh(self, policy, observe, budget):
         """Draw again, by the policy as it is now, at up to `budget` states: those with the oldest samples."""
@@ -1079,7 +1160,10 @@ def move_average(average, network, rate):
 
 def random_shift(images, args):
     """Each of images (B, height, width, 3) moved by up to augment_pixels of the critic's pixels along both axes, its
-    border repeated (DrQ; Kostrikov et al., 2021)."""
+    border repeated (DrQ; Kostrikov et al., 2021).
+
+    NOTE(differs): the images of obs and next_obs are shifted apart (released: both by the same).
+    """
     (B, height, width, _), device = images.shape, images.device
     most = round(args.augment_pixels * height / args.critic_image_size)
     down, right = torch.randint(-most, most + 1, (2, B, 1), device=device)
@@ -1096,9 +1180,9 @@ def update_critic(critic, target_critic, optimizer, batch, samples, args):
     for group in optimizer.param_groups:
         group["lr"] = args.critic_lr
     images, next_images = random_shift(batch["obs"], args), random_shift(batch["next_obs"], args)
-    obs = critic.encode(images)  # (B, O); the encoder learns from the losses at obs
+    obs = critic.encode(images, batch["codes"])  # (B, O); the encoder learns from the losses at obs
     with torch.no_grad():
-        next_obs, target_next_obs = critic.encode(next_images), target_critic.encode(next_images)
+        next_obs, target_next_obs = (part.encode(next_images, batch["codes"]) for part in (critic, target_critic))
     actions, q = optimize_actions(critic, torch.cat([obs.detach(), next_obs]), samples, args)
     policy_actions, next_policy_actions = choose(actions, q).chunk(2)
     batch = {**batch, "policy_actions": policy_actions, "next_policy_actions": next_policy_actions}
@@ -1113,17 +1197,14 @@ def update_critic(critic, target_critic, optimizer, batch, samples, args):
 
 def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
     """One step of the policy's own supervised loss on observations, actions (B, A) or (B, R, A): cloning and
-    distillation alike. Each rank brings its share of the batch; the gradient is the mean over ranks."""
+    distillation alike."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     policy.train()
-    loss = policy.loss(obs, actions)
-    optimizer.zero_grad()
-    loss.backward()
-    average_gradients(policy)
+    loss = together(loss_share, policy, obs, actions)
     optimizer.step()
     move_average(policy_ema, policy, args.policy_ema_rate)
-    return loss.detach()
+    return loss
 
 
 def learning_rate(base, step, num_steps, args, cosine=False):
@@ -1143,25 +1224,42 @@ def learning_rate(base, step, num_steps, args, cosine=False):
 def train(args: Args) -> Path:
     """Behaviour cloning or warm-up trials, offline RL, online fine-tuning. Returns the run's directory.
 
-    With torchrun all ranks do the same, but that each draws its share of samples and takes its share of the policy's
-    batch, and that the environment, the chosen actions and the files are rank 0's. Raises InputError.
+    With torchrun rank 0 does this, and the others their share of the policy's work. Raises InputError.
     """
     common.check_flags(args)
     check(args)
     join_ranks(args)
     device, generator = common.start(args)  # torch's own generator draws noise, this one batches
-    rank, num_ranks = ranks()
+    if ranks()[0] > 0:
+        return serve(args, device)
+    eval_envs = []
+    try:
+        directory = learn(args, eval_envs, device, generator)
+    except (InputError, FloatingPointError, SystemExit):
+        dismiss_ranks()
+        raise
+    finally:  # also after an error or a stop: a robot is let go
+        for env in eval_envs:
+            env.close()
+    dismiss_ranks()
+    return directory
 
+
+def learn(args, eval_envs, device, generator):
+    """The phases of `train`. The environments that it makes are added to the list eval_envs."""
     # Environment, policy, data
     import envs
 
     image_size = (OPENVLA_7B if args.checkpoint else TINY).image_size
-    env_args = (args.env_id, args.sparse_reward, args.capture_video and rank == 0, image_size)
-    eval_envs = [envs.make(*env_args) for _ in range(common.num_envs(args) if rank == 0 else 1)]
-    env, act_dim = eval_envs[0], eval_envs[0].action_space.shape[0]
-    instruction = from_rank_0(instruction_of(env, args) if rank == 0 else "")
-    args = dataclasses.replace(args, instruction=instruction)
+    env_args = (args.env_id, args.sparse_reward, args.capture_video, image_size)
+    eval_envs += [envs.make(*env_args) for _ in range(common.num_envs(args))]
+    env, act_dim, given = eval_envs[0], eval_envs[0].action_space.shape[0], args.instruction
+    args = dataclasses.replace(args, instruction=instruction_of(env, args))
     policy = load_policy(act_dim, args, device)
+    announce(("load", act_dim))
+    if not args.checkpoint:  # -1 and 1 are the environment's bounds
+        low, high = envs.action_bounds(env)
+        policy.statistics = {"q01": low, "q99": high, "mask": (low != -1) | (high != 1)}
     policy.prompt(args.instruction)  # raises an error where it is too long
     if args.warmup_episodes:
         args = dataclasses.replace(args, bc_steps=0, offline_ratio=0.0)
@@ -1172,47 +1270,46 @@ def train(args: Args) -> Path:
     elif not args.warmup_episodes:
         args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # nothing to learn from yet
     if args.checkpoint:
-        eval_envs = [PolicyUnits(one, policy, *envs.action_bounds(one)) for one in eval_envs]
-        env = eval_envs[0]
-        dataset.actions = env.reverse_action(dataset.actions)
+        dataset.actions = PolicyUnits(env, policy).reverse_action(dataset.actions)
     q_min, q_max = value_range(common.step_rewards(dataset, args), args)
     args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
 
     # What learns; where the run is, what it logs, what it keeps
     agent = Agent(dataset, policy, act_dim, args, device, generator)
+    eval_envs[:] = [Told(PolicyUnits(one, policy), agent.told, args.instruction, given) for one in eval_envs]
+    env = eval_envs[0]
     run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
     counters, log, checkpoint = run.counters, run.log, run.checkpoint
-    counters.quiet = rank > 0
     if args.eval_only:
-        if rank == 0:
-            print(json.dumps(common.evaluate_agent(eval_envs, agent, run, args), indent=2))
+        print(json.dumps(common.evaluate_agent(eval_envs, agent, run, args), indent=2))
         return run.directory
     stop = common.StopSignal(log)
-    if rank == 0:
-        common.begin(run, args)
+    common.begin(run, dataclasses.replace(args, instruction=given))  # so that one resumed is told as this one
+    agent.online.open(run.directory / "images.bin")
+
+    def save():
+        checkpoint.save()
+        if policy.frozen():
+            save_adapters(agent.policy_ema, run.directory / "adapters.safetensors")
 
     def end_update(describe=dict):
         """What ends each update of phases 1 and 2, and each episode: log, evaluate, save, stop if asked."""
         evaluates, row = counters.due(args.eval_every) and counters.phase != "warmup", {}
         if evaluates or counters.due(args.log_every) or counters.phase in ("warmup", "online"):
             log.add(describe())
-            if evaluates and rank == 0:
+            if evaluates:
                 counters.owes_evaluation = True
-                checkpoint.save()  # it can take long, and a run that is stopped in it goes on from here
+                save()  # it can take long, and a run that is stopped in it goes on from here
                 row = common.evaluate_agent(eval_envs, agent, run, args, guard=stop.before)
                 counters.owes_evaluation = False
-            log.check_finite()
-            if rank == 0:
-                log.write(row)
-                checkpoint.save()
+            log.write(row)
+            save()
         stop_if_asked()
 
     def stop_if_asked():
-        if from_rank_0(stop.asked):  # all ranks together
-            if rank == 0:
-                checkpoint.save()
-                stop.leave()
-            sys.exit(0)
+        if stop.asked:
+            save()
+            stop.leave()
 
     if counters.owes_evaluation:  # of a policy that is not cloned here, or one in which the run was stopped
         end_update()
@@ -1254,8 +1351,7 @@ def train(args: Args) -> Path:
     for seed in counters.episodes():
         if not counters.collected:  # else the run was stopped in this episode's updates
             counters.collected = common.episode_columns(agent.collect(env, explore, seed))
-            if rank == 0:
-                checkpoint.save()  # a robot's episode is dearer than what it costs to keep
+            save()  # a robot's episode is dearer than what it costs to keep
         length = int(counters.collected["train/length"])
         share = len(dataset) / (len(dataset) + len(agent.online)) if args.offline_ratio else 0.0
         first = args.policy_utd * counters.env_step
@@ -1273,12 +1369,7 @@ def train(args: Args) -> Path:
                 log.add(agent.improve_critic(first + step, math.floor(args.batch_size * args.offline_ratio)))
         log.add(counters.end_episode(args.critic_utd * length))
         end_update(agent.describe)
-    if rank == 0:
-        log.finish()
-    if rank == 0 and policy.frozen():
-        save_adapters(agent.policy_ema, run.directory / "adapters.safetensors")
-    if num_ranks > 1:
-        dist.destroy_process_group()
+    log.finish()
     return run.directory
 
 
@@ -1286,14 +1377,16 @@ class Agent:
     """What learns and what it learns from: policy, critic, their averages and optimisers, samples, both buffers."""
 
     def __init__(self, dataset, policy, act_dim, args, device, generator):
-        self.dataset, self.online = dataset, common.ReplayBuffer(dataset.states.shape[1:], act_dim, np.uint8)
+        self.dataset, self.online = dataset, ImageBuffer(dataset.states.shape[1:], act_dim)
         self.args, self.device, self.generator = args, device, generator
-        self.policy = policy
-        self.policy_ema = copy.deepcopy(policy, {id(weight): weight for weight in policy.frozen().values()}).eval()
+        self.told = {}  # the instruction of each episode, by the seed of its reset
+        self.policy = self.policy_ema = policy  # one, where nothing is averaged
+        if args.policy_ema_rate < 1:
+            self.policy_ema = copy.deepcopy(policy, {id(weight): weight for weight in policy.frozen().values()}).eval()
         self.critic = Critic(args.encoding_width, act_dim, args).to(device)
-        self.target_critic, self.critic_ema = copy.deepcopy(self.critic), copy.deepcopy(self.critic)
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self.policy_optimizer = torch.optim.Adam(trained, lr=args.bc_lr, fused=True)
+        self.target_critic = copy.deepcopy(self.critic)
+        self.critic_ema = self.critic if args.critic_ema_rate == 1 else copy.deepcopy(self.critic)
+        self.policy_optimizer = torch.optim.Adam(trained(policy), lr=args.bc_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
         self.update_critic = common.compiled(update_critic) if args.compile else update_critic
         self.store = SampleStore(act_dim, args)
@@ -1304,14 +1397,16 @@ class Agent:
         names = ("policy", "policy_ema", "critic", "target_critic", "critic_ema", "online", "store")
         return {name: getattr(self, name) for name in (*names, "policy_optimizer", "critic_optimizer")}
 
-    def as_obs(self, images):  # (N, height, width, 3) -> what the policy takes
-        return {"image": images, "instruction": [self.args.instruction] * len(images)}
-
     def observe(self, rows):
         """States of the dataset and, numbered after them, of the online buffer, as the policy takes them."""
-        rows, first = rows.numpy(), self.dataset.num_states
-        own = [self.dataset.states[row] if row < first else self.online.states[row - first] for row in rows]
-        return self.as_obs(np.stack(own))
+        first = self.dataset.num_states
+        own = [self.dataset.states[row] if row < first else self.online.images[row - first] for row in rows.tolist()]
+        return {"image": np.stack(own), "instruction": self.told_at(rows)}
+
+    def told_at(self, rows):
+        """The instructions at states; the dataset's is --instruction, or the environment's."""
+        first = self.dataset.num_states
+        return [self.args.instruction if row < first else self.online.told_at(row - first) for row in rows.tolist()]
 
     def samples_at(self, rows):  # (N,) -> (N, K, A)
         return self.store.at(self.policy_ema, rows, self.observe).to(self.device)
@@ -1327,31 +1422,27 @@ class Agent:
         batch = common.sample_both(self.dataset, self.online, num_offline, num_online, self.generator)
         for rows in (batch["state_rows"], batch["next_state_rows"]):
             rows[num_offline:] += self.dataset.num_states
+        batch["codes"] = self.critic.codes(self.told_at(batch["state_rows"]))
         return {name: value if name.endswith("_rows") else value.to(self.device) for name, value in batch.items()}
 
     def clone(self, lr):
         """One step of the policy towards the dataset's actions."""
         batch = self.draw_batch(self.args.batch_size)
-        return {"policy/bc_loss": self.improve_policy(batch["obs"], batch["actions"], lr)}
+        return {"policy/bc_loss": self.improve_policy(batch, batch["actions"], lr)}
 
     def distill(self, num_offline, lr):
         """One step of the policy towards optimised actions, the batch's own among the candidates."""
         batch = self.draw_batch(num_offline)
         samples = self.samples_at(batch["state_rows"])
         with torch.no_grad():
-            obs = self.critic_ema.encode(batch["obs"])
+            obs = self.critic_ema.encode(batch["obs"], batch["codes"])
         actions, q = optimize_actions(self.critic_ema, obs, samples, self.args, batch["actions"])
         draws = [choose(actions, q, sample=not self.args.distill_argmax) for _ in range(self.args.targets_per_image)]
-        chosen = torch.stack(draws, 1)  # (B, R, A)
-        if ranks()[1] > 1:
-            dist.broadcast(chosen, 0)
-        return {"policy/distill_loss": self.improve_policy(batch["obs"], chosen, lr)}
+        return {"policy/distill_loss": self.improve_policy(batch, torch.stack(draws, 1), lr)}  # (B, R, A)
 
-    def improve_policy(self, images, actions, lr):
-        """One step of the policy on this rank's share of the batch."""
-        rank, num_ranks = ranks()
-        obs, actions = self.as_obs(images[rank::num_ranks]), actions[rank::num_ranks]
-        return update_policy(self.policy, self.policy_ema, self.policy_optimizer, obs, actions, lr, self.args)
+    def improve_policy(self, batch, actions, lr):
+        obs = {"image": batch["obs"].cpu(), "instruction": self.told_at(batch["state_rows"])}
+        return update_policy(self.policy, self.policy_ema, self.policy_optimizer, obs, actions.cpu(), lr, self.args)
 
     def improve_critic(self, num_before, num_offline):
         """One critic update, after num_before others, on samples from the store.
@@ -1360,43 +1451,104 @@ class Agent:
         """
         batch = self.draw_batch(num_offline)
         samples = self.samples_at(torch.cat([batch["state_rows"], batch["next_state_rows"]]))
-        self.latest = batch["obs"], samples[: self.args.batch_size]
+        self.latest = batch["obs"], batch["codes"], samples[: self.args.batch_size]
         args, networks = self.args, (self.critic, self.target_critic)
         info = self.update_critic(*networks, self.critic_optimizer, batch, samples, args)
         rate = max(args.critic_ema_rate, 1 / (num_before + 1))  # at first the mean of all so far
         move_average(self.critic_ema, self.critic, rate)
-        return info
+        return info | {"opt/sample_age": self.store.age(batch["state_rows"])}
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""
-        images, samples = self.latest
+        images, codes, samples = self.latest
         with torch.no_grad():
-            obs = self.critic_ema.encode(images)
+            obs = self.critic_ema.encode(images, codes)
         return optimization_info(self.critic_ema, obs, samples, self.args)
 
+    def as_obs(self, images, keys):  # (N, height, width, 3), the keys of common.run_episodes -> what the policy takes
+        return {"image": images, "instruction": [self.told[seed] for seed, _ in keys]}
+
     def act_raw(self, images, keys):  # (N, height, width, 3) -> (N, A); keys seed the noise, see common.run_episodes
-        return self.policy_ema.sample(self.as_obs(images), 1, keys)[:, 0].cpu().numpy()
+        obs = self.as_obs(images, keys)
+        return self.policy_ema.sample(obs, 1, keys, self.args.sample_temperature)[:, 0].cpu().numpy()
 
     def act(self, images, keys):
-        return act(self.policy_ema, self.critic_ema, self.as_obs(images), self.args, keys).cpu().numpy()
+        return act(self.policy_ema, self.critic_ema, self.as_obs(images, keys), self.args, keys).cpu().numpy()
 
-    def explore(self, images, _keys):  # noise from the run's own generator
-        return self.act(images, None)
+    def explore(self, images, keys):  # noise from the run's own generator
+        return act(self.policy_ema, self.critic_ema, self.as_obs(images, keys), self.args).cpu().numpy()
 
-    def explore_raw(self, images, _keys):
-        return self.act_raw(images, None)
+    def explore_raw(self, images, keys):
+        return self.policy_ema.sample(self.as_obs(images, keys), 1)[:, 0].cpu().numpy()
 
     def collect(self, env, act, seed):
-        """An episode of rank 0's environment, added to every rank's buffer."""
-        episode = from_rank_0(common.run_episodes([env], act, [seed])[0] if ranks()[0] == 0 else None)
+        """An episode, which is added to the online buffer."""
+        (episode,) = common.run_episodes([env], act, [seed])
         paid = episode["rewards"]
         if self.args.sparse_reward:  # success, at the end of the episode, is the only reward
             paid = np.zeros(len(episode["rewards"]), np.float32)
             paid[-1] = episode["success"]
         rewards, returns = common.learned_from(episode | {"rewards": paid}, self.args)
-        self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
+        rows = (episode["actions"], rewards, episode["masks"], returns)
+        self.online.add_episode(episode["observations"], *rows, self.told[seed])
         self.store.grow(self.dataset.num_states + self.online.num_states)
         return episode
+
+
+class ImageBuffer(common.ReplayBuffer):
+    """The episodes of a run. Their images (S, height, width, 3) are in a file, to which each episode is appended once;
+    the system keeps of it in memory what fits and is used. A checkpoint has the rest, and what each episode was told.
+    """
+
+    def __init__(self, shape, act_dim):
+        super().__init__((), act_dim, np.uint8)  # its own `states` stay empty numbers
+        self.shape, self.path, self.images = shape, None, None
+        self.first_rows, self.instructions = [], []  # per episode
+
+    def open(self, path):
+        """Keep images in `path`; what it has beyond those of the checkpoint is of an episode that was cut off."""
+        self.path = path
+        with common.writing(path), open(path, "ab") as file:
+            size = file.tell()
+            if size < self.num_states * math.prod(self.shape):
+                there = f"{path.name} has {size // math.prod(self.shape)} images"
+                raise InputError(f"--resume {path.parent}: {there}; expected its checkpoint's {self.num_states}")
+            file.truncate(self.num_states * math.prod(self.shape))
+        self.map()
+
+    def map(self):
+        shape = (self.num_states, *self.shape)
+        self.images = np.memmap(self.path, np.uint8, "r", shape=shape) if self.num_states else np.zeros(shape, np.uint8)
+
+    def add_episode(self, images, actions, rewards, masks, returns, instruction):
+        with common.writing(self.path), open(self.path, "ab") as file:
+            file.write(images.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self.first_rows.append(self.num_states)
+        self.instructions.append(instruction)
+        super().add_episode(np.zeros(len(images), np.uint8), actions, rewards, masks, returns)
+        self.map()
+
+    def told_at(self, row):
+        return self.instructions[bisect.bisect(self.first_rows, row) - 1]
+
+    def sample(self, *how):
+        batch = super().sample(*how)
+        for name, rows in (("obs", batch["state_rows"]), ("next_obs", batch["next_state_rows"])):
+            batch[name] = torch.from_numpy(np.array(self.images[rows.numpy()]))
+        return batch
+
+    def state_dict(self):
+        return super().state_dict() | {"first_rows": list(self.first_rows), "instructions": list(self.instructions)}
+
+    def load_state_dict(self, state):
+        state = dict(state)
+        self.first_rows, self.instructions = state.pop("first_rows"), state.pop("instructions")
+        super().load_state_dict(state)
+
+
+# ---------------------------------------- several processes ----------------------------------------
 
 
 def ranks():
@@ -1405,10 +1557,7 @@ def ranks():
 
 
 def join_ranks(args):
-    """Meet the other processes of torchrun, where there are any. Raises InputError for what they cannot share.
-
-    A process group that torchrun starts again goes on from the checkpoint in --run-dir.
-    """
+    """Meet the other processes of torchrun, where there are any. Raises InputError for what they cannot share."""
     number = int(os.environ.get("WORLD_SIZE", 1))
     if number == 1:
         return
@@ -1416,31 +1565,44 @@ def join_ranks(args):
         raise InputError("--run-dir: expected a folder; with torchrun a restart goes on from the checkpoint in it")
     if args.batch_size % number:
         raise InputError(f"--batch-size {args.batch_size}: expected a multiple of the {number} processes")
+    threading.Thread(target=stop_with_parent, args=(os.getppid(),), daemon=True).start()
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(days=1)  # the others wait while rank 0 evaluates or a robot moves
     store, rank, _ = next(dist.rendezvous("env://"))
-    restarts, has_run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), Path(args.run_dir, "checkpoint.pt").exists()
-    if restarts == "0" and rank == 0 and not has_run:
-        store.set("run is ours", "")  # not one that was there before
-    if restarts != "0" and has_run and store.check(["run is ours"]):
-        args.resume = args.run_dir
-    store = dist.PrefixStore(restarts, store)  # the store outlives a restart, with the addresses of those before
+    # the store outlives a restart, with the addresses of those before
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=number, timeout=timeout)
 
 
-def average_gradients(policy):
-    """Every trained parameter's gradient becomes the mean over ranks."""
-    _, num_ranks = ranks()
-    if num_ranks > 1:
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= num_ranks
+def stop_with_parent(parent, grace=30):
+    """Once `parent`, torchrun's process, is gone: stop as for SIGTERM, and what still waits then after `grace` seconds.
+    Ranks that outlive it would move the robot of those that take their place."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace)
+    os._exit(143)
 
 
-def from_rank_0(value):
+def serve(args, device):
+    """What ranks above 0 do, with neither environment, data nor critic: their share of each task of rank 0."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 stops, and says when all is done
+    policy = None
+    while task := announce(None):
+        name, *inputs = task
+        if name == "load":
+            policy = load_policy(*inputs, args, device)
+        else:
+            send_weights(policy)
+            {"sample_share": sample_share, "loss_share": loss_share}[name](policy, *inputs)
+    dist.destroy_process_group()
+    return Path(args.run_dir or args.resume)
+
+
+def announce(value):
     """Rank 0's object, on every rank."""
     values = [value]
     if ranks()[1] > 1:
@@ -1448,20 +1610,82 @@ def from_rank_0(value):
     return values[0]
 
 
+def dismiss_ranks():
+    if ranks()[1] > 1:
+        announce(None)
+        dist.destroy_process_group()
+
+
+def together(task, policy, *inputs):
+    """Rank 0: task(policy, *inputs), of which each rank does its share, with this policy's weights."""
+    if ranks()[1] > 1:
+        announce((task.__name__, *inputs))
+        send_weights(policy)
+    return task(policy, *inputs)
+
+
+@torch.no_grad()
+def send_weights(policy):
+    """Give every rank's policy the trained weights of rank 0's."""
+    weights = nn.utils.parameters_to_vector(trained(policy))
+    dist.broadcast(weights, 0)
+    if ranks()[0] > 0:
+        nn.utils.vector_to_parameters(weights, trained(policy))
+
+
+def trained(policy):
+    return [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+
+def share(obs):
+    """This rank's rows of observations."""
+    rank, num_ranks = ranks()
+    return {name: value[rank::num_ranks] for name, value in obs.items()}
+
+
+def sample_share(policy, obs, num_samples, seeds):
+    """policy.sample with seeds, each rank at its share of the rows -> (B, K, A)."""
+    rank, num_ranks = ranks()
+    if num_ranks == 1:
+        return policy.sample(obs, num_samples, seeds)
+    drawn = torch.zeros(len(seeds), num_samples, policy.act_dim, device=policy.device)
+    if mine := seeds[rank::num_ranks]:
+        drawn[rank::num_ranks] = policy.sample(share(obs), num_samples, mine)
+    dist.all_reduce(drawn)  # the sum: each row is one rank's
+    return drawn
+
+
+def loss_share(policy, obs, actions):
+    """The policy's loss, its gradient in .grad: each rank's on its share of the rows, then the mean over ranks."""
+    rank, num_ranks = ranks()
+    policy.zero_grad()
+    loss = policy.loss(share(obs), actions[rank::num_ranks])
+    loss.backward()
+    if num_ranks > 1:
+        parts = [*(parameter.grad for parameter in trained(policy)), loss.detach()[None]]
+        mean = nn.utils.parameters_to_vector(parts)
+        dist.all_reduce(mean)
+        nn.utils.vector_to_parameters(mean / num_ranks, parts)
+    return loss.detach()
+
+
+# ---------------------------------------- the environment ----------------------------------------
+
+
 class PolicyUnits(gym.ActionWrapper):
-    """An environment of envs.make that takes actions as a released policy means them, in [-1, 1]: what they stand for
-    in the environment's units is cut to its bounds, low and high (A,).
+    """An environment of envs.make that takes actions as the policy means them, in [-1, 1]: what they stand for in the
+    environment's units, cut to its bounds, is what is sent.
 
     NOTE(differs): actions are optimised in the units of the policy's tokens (released: of the action's std).
     """
 
-    def __init__(self, env, policy, low, high):
-        super().__init__(env)
-        self.policy, self.low, self.high = policy, low, high
+    def __init__(self, env, policy):
+        super().__init__(env.env if isinstance(env, gym.wrappers.RescaleAction) else env)
+        space = self.env.action_space
+        self.policy, self.low, self.high, self.action_space = policy, space.low, space.high, env.action_space
 
     def action(self, action):
-        units = self.policy.unnormalize(action).clip(self.low, self.high)
-        return (2 * (units - self.low) / (self.high - self.low) - 1).astype(np.float32)
+        return self.policy.unnormalize(np.float64(action)).clip(self.low, self.high).astype(self.low.dtype)
 
     def reverse_action(self, actions):
         """A dataset's actions (N, A), which envs.load_dataset has rescaled to [-1, 1], in the policy's units."""
@@ -1469,10 +1693,31 @@ class PolicyUnits(gym.ActionWrapper):
         return self.policy.normalize(units).astype(np.float32)
 
 
+class Told(gym.Wrapper):
+    """Keeps what each episode is told in the dict `told`, by the seed of its reset: `given`; without it what the
+    environment says, in the info of the reset or as its attribute; else `default`.
+
+    env: a PolicyUnits. Raises InputError for what is too long for the policy.
+    """
+
+    def __init__(self, env, told, default, given):
+        super().__init__(env)
+        self.told, self.default, self.given = told, default, given
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.told[seed] = self.given or info.get("instruction") or attribute_of(self.env) or self.default
+        self.env.policy.prompt(self.told[seed])
+        return obs, info
+
+
+def attribute_of(env):
+    return env.get_wrapper_attr("instruction") if env.has_wrapper_attr("instruction") else ""
+
+
 def instruction_of(env, args):
     """--instruction, or the environment's: its attribute, or in the info of a reset. Raises InputError without one."""
-    told = args.instruction or (env.get_wrapper_attr("instruction") if env.has_wrapper_attr("instruction") else "")
-    told = told or env.reset(seed=args.seed)[1].get("instruction", "")
+    told = args.instruction or attribute_of(env) or env.reset(seed=args.seed)[1].get("instruction", "")
     if not told:
         raise InputError(
             f"--env-id {args.env_id}: has no instruction, as an attribute or in a reset's info; expected --instruction"

@@ -61,6 +61,7 @@ class SlalomData:
     def __init__(self):
         data, fresh = slalom.demonstrations(1500), slalom.demonstrations(3000, seed=100_000)
         self.obs, self.actions = data["observations"], data["actions"]
+        self.success = data["rewards"].sum() / (data["terminals"] | data["timeouts"]).sum()
         self.fresh = [self.before(fresh, pillar) for pillar in range(len(slalom.PILLARS))]
         self.again = [self.before(data, pillar)[1] for pillar in range(len(slalom.PILLARS))]
 
@@ -93,6 +94,7 @@ class DrawerData:
         env_id, _ = TASKS["drawer-open"]
         family, buffer = envs.family_module(env_id), envs.load_dataset(env_id)
         obs, actions = buffer.states[buffer.state_rows[: len(buffer)]], buffer.actions[: len(buffer)]
+        self.success = (buffer.masks[: len(buffer)] == 0).sum() / (buffer.num_states - len(buffer))  # of its episodes
         expert = family.ENV_POLICY_MAP[f"{family.task_of(env_id)}-v3"]()
         kept_back = np.arange(len(buffer)) % 5 == 4
         self.obs, self.actions = obs[~kept_back], actions[~kept_back]
@@ -193,7 +195,7 @@ def run():
             simulators = [envs.make(env_id, flags.get("sparse_reward", False)) for _ in range(10)]
             normalizer = common.Normalizer(data.obs.shape[1], data.obs)
             ms, pictures = milliseconds(task, data), {}
-            rows = [{"objective": "data", "distance": data.floor(), "between": 0.0, "spread": 1.0}]
+            rows = [{"objective": "data", "distance": data.floor(), "spread": 1.0, "success": float(data.success)}]
             for width, seed, objective, schedule, all_steps in plan():
                 args, policy = make_policy(task, data, objective, schedule, all_steps[0], width, seed)
                 policy = clone(data, normalizer, args, policy)

@@ -206,7 +206,7 @@ def load_dataset(env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, d
     episodes = files.add_episodes(buffer, data, discount, sparse)
     if not episodes:
         raise InputError(f"dataset {path}: no transition has a next observation; expected at least 1")
-    files.describe(data, episodes, raw_rewards, sparse, path)
+    files.describe(data, episodes, raw_rewards, discount, sparse, path)
     return buffer
 
 

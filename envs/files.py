@@ -5,6 +5,7 @@ terminals, timeouts (N,), and optionally next_observations (N, O). Where observa
 uint8 stands in place of O. What is wrong with a file is an InputError that names it, the key and the first bad index.
 """
 
+import math
 import os
 import sys
 import tokenize
@@ -16,7 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common import InputError, mc_returns
+from common import InputError, endless_failure, mc_returns
 
 # the last one is optional
 DATASET_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
@@ -169,7 +170,7 @@ def find_terminals(data, sparse, path):
     rewards, terminals = data["rewards"], data["terminals"].astype(bool)
     if sparse:
         if (terminals & (rewards < 0)).any():
-            hint = "a failure that ends an episode costs one step, which pays; let it go on to its time limit"
+            hint = "a failure that ends an episode counts as its last cost for ever"
             print(f"warning: {path}: terminals without success, with --sparse-reward: {hint}", file=sys.stderr)
         terminals = terminals | (rewards >= 0)
     if sparse and rewards.max() < 0:
@@ -224,25 +225,37 @@ def add_episodes(buffer, data, discount, sparse):
     for start, stop in episodes:
         rewards, masks = data["rewards"][start:stop], 1.0 - data["terminals"][start:stop]
         returns = mc_returns(rewards, masks, discount, sparse)
+        if sparse:
+            rewards = endless_failure(rewards, masks, discount)
         observations = np.concatenate([data["observations"][start:stop], next_observations[stop - 1 : stop]])
         buffer.add_episode(observations, data["actions"][start:stop], rewards, masks, returns)
     return episodes
 
 
-def describe(data, episodes, raw_rewards, sparse, path):
+def describe(data, episodes, raw_rewards, discount, sparse, path):
     """Prints what was loaded, raw_rewards (N,) being the file's. Success is the end where the scaled reward is 0 if
-    rewards are sparse, else an end that pays. Warns where most transitions are episodes of their own."""
+    rewards are sparse, else an end that pays. Warns where most transitions are episodes of their own, and where success
+    is too far off to be told from failure."""
     starts, stops = np.array(episodes).T
     num_steps, ends = (stops - starts).sum(), stops - 1
     pays = data["rewards"][ends] >= 0 if sparse else raw_rewards[ends] > 0
+    success = data["terminals"][ends] & pays
     mean_return = np.mean([raw_rewards[start:stop].sum() for start, stop in episodes])
     print(
         f"dataset {path}: {num_steps} transitions of {len(raw_rewards)} rows; {len(episodes)} episodes of "
-        f"{num_steps / len(episodes):.1f} steps, {(data['terminals'][ends] & pays).mean():.0%} successful, mean return "
+        f"{num_steps / len(episodes):.1f} steps, {success.mean():.0%} successful, mean return "
         f"{mean_return:.4g}"
     )
     if 2 * len(episodes) > num_steps:
         warn_of_breaks(data, sparse, path)
+    length = np.median((stops - starts)[success]) if success.any() else 0
+    if sparse and discount**length < 0.01:
+        enough = math.ceil(1000 * 0.01 ** (1 / length)) / 1000
+        print(
+            f"warning: --discount {discount:g}: success {length:.0f} steps away, the median here, is worth "
+            f"{discount**length:.2g} of what it is at the end; expected about {enough:g}",
+            file=sys.stderr,
+        )
 
 
 def warn_of_breaks(data, sparse, path):

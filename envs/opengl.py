@@ -40,8 +40,8 @@ def optional():
     """Within the block MuJoCo and dm_control, which load what $MUJOCO_GL names when they are imported, do without it
     where it is not there: most environments draw nothing."""
     before = os.environ.get("MUJOCO_GL")
-    if not is_there():
-        os.environ["MUJOCO_GL"] = "disable"
+    if before is not None:
+        os.environ["MUJOCO_GL"] = named() if is_there() else "disable"
     try:
         yield
     finally:
@@ -69,7 +69,9 @@ def context():
         import mujoco
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of glfw, that there is no display
+            warnings.simplefilter("ignore")
+            if named() == "glfw" and not importlib.import_module("glfw").init():
+                raise RuntimeError("glfw finds no display")
             kind = importlib.import_module(f"mujoco.{named()}").GLContext
             made = kind(SIZE, SIZE)
             made.make_current()

@@ -1,5 +1,8 @@
 """An environment of images for the tests: a dot on a field of 32 x 32 pixels, to be pushed to the middle."""
 
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 
@@ -46,5 +49,59 @@ class Told(Mute):
         return super().reset(seed=seed, options=options)[0], {"instruction": "push it"}
 
 
-for name, entry, options in [("Dot", Dot, {}), ("Dot7", Dot, {"act_dim": 7}), ("Mute", Mute, {}), ("Told", Told, {})]:
-    gym.register(f"{name}-v0", entry_point=entry, max_episode_steps=8, kwargs=options)
+class Opposite(Mute):
+    """The same image always; what is wanted of the first action's sign is said at each reset, one then the other."""
+
+    asks, told = 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.position, self.steps, self.told = np.zeros(2), 0, 1 - 2 * (self.asks % 2)
+        self.asks += 1
+        return self.observe(), {"instruction": "go left" if self.told < 0 else "go right"}
+
+    def step(self, action):
+        return self.observe(), 0.0, False, False, {"success": bool(self.told * action[0] > 0.3)}
+
+
+class Arm(Dot):
+    """A robot that notes what it is asked in the file $ARM_LOG: made, reset, step, outside (its bounds), close. At its
+    step number $ARM_AT it gets the signal $ARM_SIGNAL, or pays NaN without one."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Box(np.float32([-0.0287, -0.3]), np.float32([0.0283, 0.7]))
+        self.num_steps = 0
+        self.note("made")
+
+    def note(self, what):
+        with open(os.environ["ARM_LOG"], "a") as file:
+            file.write(what + "\n")
+
+    def reset(self, *, seed=None, options=None):
+        self.note("reset")
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.note("step" if self.action_space.contains(action) else "outside")
+        self.num_steps += 1
+        obs, reward, *rest = super().step(action)
+        if self.num_steps == int(os.environ.get("ARM_AT", 0)):
+            if not (number := int(os.environ.get("ARM_SIGNAL", 0))):
+                return obs, float("nan"), *rest
+            os.kill(os.getpid(), signal.Signals(number))
+        return obs, reward, *rest
+
+    def close(self):
+        self.note("close")
+
+
+for name, entry, options, steps in [
+    ("Dot", Dot, {}, 8),
+    ("Dot7", Dot, {"act_dim": 7}, 8),
+    ("Mute", Mute, {}, 8),
+    ("Told", Told, {}, 8),
+    ("Opposite", Opposite, {}, 3),
+    ("Arm", Arm, {}, 8),
+]:
+    gym.register(f"{name}-v0", entry_point=entry, max_episode_steps=steps, kwargs=options)

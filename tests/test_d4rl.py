@@ -321,11 +321,13 @@ def test_antmaze_dataset_by_hand(tmp_path):
     assert (args.discount, args.online_episodes) == (0.99, 1000)
 
 
-@pytest.mark.parametrize("timeouts", [None, np.zeros(11, bool)])
-def test_kitchen_dataset_by_hand(timeouts, tmp_path):
+FOLLOWING = np.arange(1, 12, dtype=np.float32)[:, None] * np.ones(60, np.float32)
+
+
+@pytest.mark.parametrize("changes", [{}, {"timeouts": np.zeros(11, bool)}, {"next_observations": FOLLOWING}])
+def test_kitchen_dataset_by_hand(changes, tmp_path):
     """A demonstration ends at its first 4, with what follows dropped, also where the count falls and rises again. Its
     end below 4 is no terminal state, whatever the file says, and its last row is dropped."""
-    changes = {} if timeouts is None else {"timeouts": timeouts}
     buffer, args = load("kitchen-complete-v0", kitchen_file(tmp_path / "kitchen.hdf5", **changes))
     np.testing.assert_array_equal(buffer.rewards[: len(buffer)], [-4, -2, -1, 0, -3, -2, -1, 0])
     np.testing.assert_array_equal(buffer.masks[: len(buffer)], [1, 1, 1, 0, 1, 1, 1, 0])
@@ -444,9 +446,35 @@ def test_download(env_id, write, folders, tmp_path, monkeypatch):
         for _ in range(2):  # the second time from the disk
             buffer, _ = load(env_id)
             assert len(buffer) in (7, 8)
+    (folders[0] / NAMES[env_id]).write_bytes(body[:1000])
+    with pytest.raises(InputError, match=r"cannot be read as HDF5 .*; delete it, and it is downloaded again$"):
+        load(env_id)
+    (folders[0] / NAMES[env_id]).write_bytes(body)
     assert len(asked) == 1 and asked[0].startswith("/datasets/offline_rl/") and asked[0].endswith(NAMES[env_id])
     assert [file.name for file in folders[0].iterdir()] == [NAMES[env_id]]
     assert (folders[0] / NAMES[env_id]).read_bytes() == body
+
+
+def test_two_downloads_of_one_process_id_do_not_meet(folders, tmp_path, monkeypatch):
+    """In two containers that share a folder: the second begins, and ends, while the first is under way."""
+    body, asked = antmaze_file(tmp_path / "source.hdf5").read_bytes(), []
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def reply(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[:1000])
+        handler.wfile.flush()
+        asked.append(handler.path)
+        if len(asked) == 1:
+            d4rl.download(f"{address}/second", folders[0] / "maze.hdf5")
+        handler.wfile.write(body[1000:])
+
+    with serve(reply) as address:
+        d4rl.download(f"{address}/first", folders[0] / "maze.hdf5")
+    assert asked == ["/first", "/second"] and [path.name for path in folders[0].iterdir()] == ["maze.hdf5"]
+    assert (folders[0] / "maze.hdf5").read_bytes() == body
 
 
 def failures():

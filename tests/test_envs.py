@@ -14,7 +14,11 @@ from conftest import ROOT
 import common
 import envs
 from common import InputError
+from envs import opengl
 
+NO_OSMESA = pytest.mark.skipif(bool(ctypes.util.find_library("OSMesa")), reason="libosmesa6 is there")
+NEEDS_EGL = pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="needs libegl1")
+DRAWN = ["kitchen-mixed-v0", "cube-single-noisy-singletask-task1-v0", "metaworld-door-open", "InvertedPendulum-v5"]
 ONE_OF_EACH = ["pointmaze-large-play", "antmaze-umaze-v2", "kitchen-mixed-v0", "metaworld-door-open"]
 ONE_OF_EACH += ["cube-single-noisy-singletask-task1-v0", "minari:test/pendulum-v0"]
 
@@ -51,7 +55,7 @@ def test_a_sparse_episode_ends_at_its_first_success():
 
 
 class Told(gym.Env):
-    """Observes its space's zeros, and answers each step with `outcome`: reward, terminated, info."""
+    """Observes anything of its space, and answers each step with `outcome`: reward, terminated, info."""
 
     action_space = gym.spaces.Box(-1, 1, (1,))
 
@@ -59,7 +63,7 @@ class Told(gym.Env):
         self.observation_space, self.outcome = space or gym.spaces.Box(-1, 1, (2,)), outcome
 
     def reset(self, *, seed=None, options=None):
-        return gym.spaces.utils.create_zero_array(self.observation_space), {}
+        return self.observation_space.sample(), {}
 
     def step(self, action):
         reward, terminated, info = self.outcome
@@ -222,20 +226,22 @@ def test_every_family_has_a_module():
         ("gymnasium_robotics:FetchReach-v1", "; expected its current version, gymnasium_robotics:FetchReach-v4$"),
         ("Pendulum-v0", "use `Pendulum-v1` instead; did you mean Pendulum-v1"),
         ("Hopper-v9", r"; did you mean Hopper-v5\?$"),  # not its retired versions as well
-        ("HandReach-v3", r"; did you mean gymnasium_robotics:HandReach-v3"),
         ("phys2d/Pendulum-v0", "No module named 'jax'; expected an installed module"),
         ("no_such_module:Robot-v0", "No module named 'no_such_module'.*; expected an installed module"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is out of date")
-def test_ids_that_gymnasium_cannot_make(env_id, message, monkeypatch):
-    """The id that is meant, or the package that is missing; in a process that has not seen gymnasium-robotics yet."""
-    for name in [name for name, spec in gym.registry.items() if "gymnasium_robotics" in str(spec.entry_point)]:
-        if ":" not in env_id:
-            monkeypatch.delitem(gym.registry, name)
+def test_ids_that_gymnasium_cannot_make(env_id, message):
+    """The id that is meant, or the package that is missing."""
     with pytest.raises(InputError, match=rf"^--env-id {env_id}: .*{message}") as error:
         envs.make(env_id)
     assert "\n" not in str(error.value)
+
+
+def test_ids_of_gymnasium_robotics_come_with_its_name():
+    """Where nothing has imported it yet, gymnasium knows none of them."""
+    error = envs.not_made("HandReach-v3", gym.error.NameNotFound("Environment `HandReach` doesn't exist."))
+    assert "`HandReach` doesn't exist; did you mean gymnasium_robotics:HandReach-v3" in str(error)
 
 
 @pytest.mark.parametrize("env_id", ["CarRacing-v3", "BipedalWalker-v3", "LunarLanderContinuous-v3"])
@@ -271,49 +277,84 @@ def test_a_robot_is_not_moved_when_it_is_made(monkeypatch):
     assert envs.make("Robot-v0", render=True).unwrapped.render_mode == "rgb_array"
 
 
-# ---------------------------------------------------------------- OpenGL, in processes of their own: it is loaded once
+# ---------------------------------------------------------------- OpenGL
 
-NO_OSMESA = pytest.mark.skipif(bool(ctypes.util.find_library("OSMesa")), reason="libosmesa6 is there")
-NEEDS_EGL = pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="needs libegl1")
-DRAWN = ["metaworld-door-open", "antmaze-umaze-v2", "kitchen-mixed-v0", "InvertedPendulum-v5"]
-DRAWN += ["cube-single-noisy-singletask-task1-v0", "gymnasium_robotics:FetchReach-v4"]
+
+@pytest.mark.parametrize(
+    ("there", "set_to", "chosen"),
+    [
+        (("EGL", "OSMesa"), None, "egl"),
+        (("EGL", "OSMesa"), "", "egl"),
+        (("EGL", "OSMesa"), " OSMesa ", "osmesa"),  # as MuJoCo reads it
+        (("OSMesa",), None, "osmesa"),
+        ((), None, "glfw"),
+        ((), "egl", "egl"),
+    ],
+)
+def test_which_opengl_is_chosen(there, set_to, chosen, monkeypatch):
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: name if name in there else None)
+    monkeypatch.setenv("MUJOCO_GL", set_to or "")
+    monkeypatch.delenv("MUJOCO_GL") if set_to is None else None
+    with opengl.optional():  # for imports: as it is named if that is there, and put back afterwards
+        inside = os.environ.get("MUJOCO_GL")
+    assert inside == (set_to if not set_to else chosen if there else "disable")
+    assert os.environ.get("MUJOCO_GL") == set_to
+    opengl.choose()
+    assert os.environ["MUJOCO_GL"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        pytest.param("osmesa", "its library is not there", marks=NO_OSMESA),
+        ("glfw", "glfw finds no display"),
+        ("nonsense", "there is no such kind"),
+        ("disable", "there is no such kind"),
+    ],
+)
+def test_opengl_that_is_not_there_is_one_line_that_names_the_variable(kind, reason, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", kind)
+    monkeypatch.setenv("DISPLAY", ":77")
+    with pytest.raises(InputError) as error:
+        opengl.context.__wrapped__()  # not the one that is cached
+    expected = "expected egl (the default; Debian's libegl1 and libgl1), osmesa (libosmesa6), or glfw with a display"
+    assert str(error.value) == f"MUJOCO_GL={kind}: no OpenGL ({reason}); {expected}"
 
 
 def run_with(code, **variables):
-    """stdout of Python code where of DISPLAY and MUJOCO_GL only `variables` are set; stderr has no warning or error."""
+    """stdout of Python code in a process of its own, as OpenGL is loaded once, in which of DISPLAY and MUJOCO_GL only
+    `variables` are set; it says nothing on stderr."""
     environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MUJOCO_GL")}
-    command = [sys.executable, "-c", f"import envs, common, sys\n{code}"]
+    command = [sys.executable, "-c", f"import envs, common\n{code}"]
     result = subprocess.run(command, env=environment | variables, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "Error" not in result.stderr and "Exception" not in result.stderr, result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
 @pytest.mark.parametrize(
     "variables",
-    [
-        pytest.param({"MUJOCO_GL": "osmesa"}, marks=NO_OSMESA),
-        {"MUJOCO_GL": "nonsense"},
-        {"MUJOCO_GL": "disable"},
-        {"MUJOCO_GL": "", "DISPLAY": ""},
-        {"DISPLAY": ":77"},
-    ],
+    [pytest.param({"MUJOCO_GL": "osmesa"}, marks=NO_OSMESA), {"MUJOCO_GL": "nonsense", "DISPLAY": ":77"}],
 )
 def test_what_draws_nothing_needs_no_opengl(variables):
-    """PointMaze also draws without it."""
+    """PointMaze draws without it. Of the others an error says what is missing where something is to be drawn."""
     code = f"""
-image = (env := envs.make("pointmaze-umaze-play", render=True)).reset(seed=0) and env.render()
-assert image.std() > 20
+env = envs.make("pointmaze-umaze-play", render=True)
+env.reset(seed=0)
+assert env.render().std() > 20
 for env_id in {DRAWN}:
     envs.make(env_id).reset(seed=0)
-assert envs.family_module("minari:any").IDS == ()
+for env_id, how in [*((env_id, dict(render=True)) for env_id in {DRAWN}), ("metaworld-door-open", dict(image_size=16))]:
+    try:
+        envs.make(env_id, **how)
+    except common.InputError as error:
+        print(error)
 """
-    assert run_with(code, **variables) == ""
+    lines = run_with(code, **variables).splitlines()
+    assert len(lines) == 5 and all(line.startswith(f"MUJOCO_GL={variables['MUJOCO_GL']}: no OpenGL") for line in lines)
 
 
 @NEEDS_EGL
-@pytest.mark.parametrize(
-    "variables", [{}, {"DISPLAY": ""}, {"DISPLAY": ":77"}, {"MUJOCO_GL": ""}, {"MUJOCO_GL": "EGL"}]
-)
+@pytest.mark.parametrize("variables", [{"DISPLAY": "", "MUJOCO_GL": ""}, {"DISPLAY": ":77"}])
 def test_egl_draws_without_a_display(variables):
     """Also after MuJoCo was imported for an environment that is not drawn."""
     code = f"""
@@ -326,42 +367,4 @@ for env_id in {DRAWN}:
 image = envs.make("metaworld-door-open", image_size=16).reset(seed=0)[0]
 assert image.shape == (16, 16, 3) and image.std() > 10
 """
-    assert run_with(code, **variables) == ""
-
-
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        pytest.param("osmesa", "its library is not there", marks=NO_OSMESA),
-        ("glfw", "an OpenGL platform library"),
-        ("nonsense", "there is no such kind"),
-        ("disable", "there is no such kind"),
-    ],
-)
-def test_opengl_that_is_not_there_is_one_line_that_names_the_variable(kind, reason):
-    code = f"""
-for env_id in {DRAWN}:
-    for how in [dict(render=True)] + [dict(image_size=16)] * env_id.startswith("metaworld"):
-        try:
-            envs.make(env_id, **how)
-        except common.InputError as error:
-            print(error)
-"""
-    lines = run_with(code, MUJOCO_GL=kind, DISPLAY=":77").splitlines()
-    expected = "expected egl (the default; Debian's libegl1 and libgl1), osmesa (libosmesa6), or glfw with a display"
-    assert len(lines) == len(DRAWN) + 1
-    assert all(line.startswith(f"MUJOCO_GL={kind}: no OpenGL ({reason}") and line.endswith(expected) for line in lines)
-
-
-def test_no_opengl_at_all_is_one_line():
-    """A machine without any of the libraries, as this looks to Python."""
-    code = """
-import ctypes.util
-ctypes.util.find_library = lambda name: None
-envs.make("metaworld-door-open").reset(seed=0)
-try:
-    envs.make("metaworld-door-open", image_size=16)
-except common.InputError as error:
-    print(error)
-"""
-    assert run_with(code).startswith("MUJOCO_GL=glfw: no OpenGL (")
+    run_with(code, **variables)

@@ -427,3 +427,22 @@ def test_actions_of_a_file_are_in_the_units_that_envs_make_was_given(tmp_path):
     np.savez(tmp_path / "data.npz", **data, next_observations=np.zeros((4, 3)))
     buffer = envs.load_dataset("Wrapped-v0", tmp_path / "data.npz")
     assert buffer.actions[:4] == pytest.approx(0.5)
+
+
+def test_a_failure_that_ends_a_sparse_episode_counts_for_ever(tmp_path, capsys):
+    """A failure that costs one step, which pays better than trying on."""
+    ends = np.arange(40) == 39
+    path = write_dataset(tmp_path / "data.npz", rewards=np.zeros(40), terminals=ends)
+    buffer = envs.load_dataset("pointmaze-umaze-play", path, 1.0, -1.0, 0.9, True)
+    assert buffer.rewards[38:40] == pytest.approx([-1, -10]) and buffer.masks[39] == 0
+    assert buffer.mc_returns[[0, 39]] == pytest.approx([-10, -10])
+    assert "terminals without success, with --sparse-reward: a failure that ends" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("discount, warned", [(0.99, False), (0.88, True)])
+def test_a_discount_too_small_for_the_way_to_success(discount, warned, tmp_path, capsys):
+    """0.88^40 is 0.006: all of the way looks alike to the critic."""
+    path = write_dataset(tmp_path / "data.npz")
+    envs.load_dataset("pointmaze-umaze-play", path, 1.0, -1.0, discount, True)
+    stderr = capsys.readouterr().err
+    assert ("--discount 0.88: success 40 steps away" in stderr and "expected about 0.892" in stderr) == warned

@@ -1,8 +1,11 @@
 """Minari: a dataset recorded here by the minari package, with nested dict observations, read back and compared."""
 
+import json
+import sys
 import types
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 
@@ -116,3 +119,140 @@ def test_other_storage_is_refused(recorded, monkeypatch, tmp_path):
 def test_unknown_dataset(recorded):
     with pytest.raises(InputError, match=r"--env-id minari:reach.*present: test/reach-v0"):
         envs.make("minari:reach")  # no version: refused before any download
+
+
+# ---------------------------------------------------------------- what is wrong with a file
+
+
+@pytest.fixture
+def file(recorded, tmp_path):
+    """The HDF5 file of the dataset that was recorded here, which nobody can give back."""
+    return tmp_path / "test" / "reach-v0" / "data" / "main_data.hdf5"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def delete(key):
+    def damage(path):
+        with h5py.File(path, "a") as file:
+            del file[key]
+
+    return damage
+
+
+def change(key, value):
+    """Replaces an array of the file by value(array)."""
+
+    def damage(path):
+        with h5py.File(path, "a") as file:
+            array = file[key][()]
+            del file[key]
+            file[key] = value(array)
+
+    return damage
+
+
+def poke(index, value):
+    def change(array):
+        array = array.astype(float)
+        array[index] = value
+        return array
+
+    return change
+
+
+DAMAGE = {
+    "truncated": (truncate, r"episode 0: cannot be read \(OSError: .*truncated"),
+    "empty": (lambda path: path.write_bytes(b""), r"episode 0: cannot be read \(OSError: "),
+    "an episode is missing": (delete("episode_2"), r"episode 2: .*'episode_2' doesn't exist"),
+    "no rewards": (delete("episode_1/rewards"), r"episode 1: cannot be read \(KeyError: .*'rewards' doesn't exist"),
+    "no key of the observations": (
+        delete("episode_3/observations/a/y"),
+        r"episode 3: cannot be read \(KeyError: 'y'\); expected .*observations of Dict\('a': Dict\('b': .*",
+    ),
+    "NaN observation": (
+        change("episode_1/observations/a/y", poke((1, 0), np.nan)),
+        r"episode 1: observations\[1, 3\] = nan; expected finite",
+    ),
+    "infinite reward": (change("episode_4/rewards", poke(1, np.inf)), r"episode 4: rewards\[1\] = inf; expected"),
+    "action outside": (
+        change("episode_2/actions", poke((3, 0), 0.7)),
+        r"episode 2: actions\[3, 0\] = 0.7; expected within .* \[-0.5\] to \[0.5\]",
+    ),
+    "rewards of shape (1,)": (
+        change("episode_0/rewards", lambda rewards: rewards[:, None]),
+        r"episode 0: rewards has shape \(4, 1\); expected \(4,\), one number a row",
+    ),
+    "an action too few": (
+        change("episode_0/actions", lambda actions: actions[:-1]),
+        r"episode 0: actions has shape \(3, 1\); expected \(4, 1\)",
+    ),
+    "an observation too few": (
+        change("episode_0/observations/z", lambda values: values[:-1]),
+        r"episode 0: cannot be read \(ValueError: ",
+    ),
+    "no such class": (
+        change("episode_2/observations/a/b", lambda values: values + 9),
+        r"episode 2: cannot be read \(IndexError: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_bad_file_names_episode_and_step(case, recorded, file):
+    """And no way to get it again: it was recorded here."""
+    damage, message = DAMAGE[case]
+    damage(file)
+    with pytest.raises(InputError, match=rf"^dataset {file}: {message}") as error:
+        envs.load_dataset(recorded[0])
+    assert "\n" not in str(error.value) and not any(word in str(error.value) for word in ("delete", "again"))
+
+
+@pytest.mark.parametrize("package", ["no_such_package:Reach", "gymnasium.envs.box2d.car_racing:CarRacing"])
+def test_an_environment_that_cannot_be_made(package, recorded, file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    metadata = json.loads((file.parent / "metadata.json").read_text())
+    spec = json.loads(metadata["env_spec"]) | {"entry_point": package, "kwargs": {}}
+    (file.parent / "metadata.json").write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
+    with pytest.raises(InputError, match=r"^--env-id minari:test/reach-v0: its environment TestReach-v0: ") as error:
+        envs.make(recorded[0])
+    assert str(error.value).endswith("; expected the package that has it, installed") and "\n" not in str(error.value)
+
+
+class Pair(gym.Env):
+    """Observes a tuple in a dict."""
+
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    observation_space = gym.spaces.Dict(t=gym.spaces.Tuple((gym.spaces.Discrete(3), gym.spaces.Box(-9, 9, (2,)))))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def observe(self):
+        return {"t": (self.t % 3, np.array([self.t, -self.t], np.float32))}
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), 0.0, False, False, {}
+
+
+gym.register("TestPair-v0", entry_point=f"{__name__}:Pair", max_episode_steps=4)
+
+
+def test_tuples_are_flattened_as_gymnasium_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = gym.make("TestPair-v0")
+    seen = [env.reset(seed=0)[0]["t"], *(env.step(np.zeros(1, np.float32))[0]["t"] for _ in range(4))]
+    ends = dict(terminations=[False] * 4, truncations=[False] * 3 + [True])
+    actions = [np.zeros(1, np.float32)] * 4
+    stored = {"t": tuple(map(list, zip(*seen, strict=True)))}
+    buffer = EpisodeBuffer(id=0, observations=stored, actions=actions, rewards=[0.0] * 4, **ends)
+    minari.create_dataset_from_buffers("test/pair-v0", [buffer], env=env, jpeg_encoding=False)
+    loaded = envs.load_dataset("minari:test/pair-v0")
+    expected = [[float(t % 3 == i) for i in range(3)] + [t, -t] for t in range(5)]
+    np.testing.assert_array_equal(loaded.states[:5], expected)
+    np.testing.assert_array_equal(envs.make("minari:test/pair-v0").reset(seed=0)[0], expected[0])

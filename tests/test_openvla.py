@@ -511,8 +511,9 @@ def test_adapters_alone_load_and_merge(folder, data, obs, tmp_path):
     assert [file.name for file in tmp_path.glob("*adapters*")] == [path.name]
     assert all("lora_" in name for name in load_file(path))
 
-    again = load(folder, lora_rank=4)
-    openvla.load_adapters(again, path)
+    again, (adapters, scale, base) = load(folder, lora_rank=4), openvla.read_adapters(path)
+    again.load_state_dict(adapters)
+    assert scale == 4.0 and base["checkpoint"] == str(folder)
     expected = policy.loss(obs, torch.from_numpy(data["expert_actions"])).detach()
     assert torch.equal(again.loss(obs, torch.from_numpy(data["expert_actions"])), expected)
     assert abs(expected.item() - data["loss"]) > 0.1  # the adapters do something
@@ -568,12 +569,12 @@ def test_a_checkpoint_improves_from_its_own_trials(folder, tmp_path, monkeypatch
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert len(saved["online"]["actions"]) == sum(row.get("train/length", 0) for row in rows)
     assert saved["online"]["actions"].abs().max() > 0.5  # in the tokens' units, not the environment's of 0.04
-    assert saved["online"]["states"].shape[1:] == (224, 224, 3)
+    assert (tmp_path / "run" / "images.bin").stat().st_size == len(saved["online"]["states"]) * 224 * 224 * 3
     assert all("lora_" in name for name in saved["policy"])  # the 7B weights stay in their own files
-    adapters, again = tmp_path / "run" / "adapters.safetensors", load(folder, lora_rank=2)
-    openvla.load_adapters(again, adapters)
+    adapters = load_file(tmp_path / "run" / "adapters.safetensors")
+    assert adapters.keys() == saved["policy_ema"].keys()
     for name, value in saved["policy_ema"].items():
-        assert torch.equal(again.state_dict()[name], value), name
+        assert torch.equal(adapters[name], value), name
     assert any(value.any() for name, value in saved["policy_ema"].items() if name.endswith("lora_b"))
     with pytest.raises(SystemExit, match="holds a run; --warmup-episodes is 2 there and 3 here"):
         start(monkeypatch, *flags, "--warmup-episodes", 3)
@@ -624,11 +625,7 @@ def test_bad_input_with_a_checkpoint(folder, flags, message, monkeypatch, tmp_pa
 def test_bad_adapters(folder, tmp_path):
     path = tmp_path / "adapters.safetensors"
     openvla.save_adapters(load(folder, lora_rank=4), path)
-    with pytest.raises(InputError, match=r"down_proj\.lora_a has shape \(4, 88\); expected \(2, 88\)"):
-        openvla.load_adapters(load(folder, lora_rank=2), path)
-    with pytest.raises(InputError, match=r"alpha / rank is 4\.0; expected 2\.0"):
-        openvla.load_adapters(load(folder, lora_rank=4, lora_alpha=8.0), path)
     with pytest.raises(InputError, match="exists; expected a new folder"):
         openvla.merge_adapters(folder, path, tmp_path)
     with pytest.raises(InputError, match="expected a file by save_adapters"):
-        openvla.load_adapters(load(folder, lora_rank=4), folder / "model-00001-of-00003.safetensors")
+        openvla.merge_adapters(folder, folder / "model-00001-of-00003.safetensors", tmp_path / "new")

@@ -1,12 +1,16 @@
 """docs/your-own-policy.md: its code, as it stands there, takes a third party's policy through a whole run."""
 
 import difflib
+import functools
 import importlib
 import json
 import os
 import re
 import signal
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -263,3 +267,36 @@ def test_another_run_can_start_from_it(finished, folder):
     run_here("my_parl", *RUN, "--dataset-path", folder / "puck.npz", *short, "--run-dir", folder / "next")
     (row, *_), last = (common.read_metrics(folder / name / "metrics.csv") for name in ("next", "run"))
     assert row["eval/policy_success_rate"] == last[-1]["eval/policy_success_rate"]
+
+
+def measure_costs():
+    """The page's table: CPU seconds of an update (the median of 5) with a policy that is wider and denoises longer."""
+    folder = Path(tempfile.mkdtemp())
+    np.savez(folder / "puck.npz", **HISTORY["with_history"](demonstrations(100)[0], 2))
+    (folder / "my_parl.py").write_text(my_parl())
+    sys.path.insert(0, str(folder))
+    torch.set_num_threads(1)
+    module = importlib.import_module("my_parl")
+    module.ChunkPolicy = functools.partial(ChunkPolicy, width=256, num_inference_steps=20)
+    torch.save(module.ChunkPolicy(4, 2).state_dict(), folder / "policy.pt")
+
+    def seconds(function, repeats=5):
+        began = [time.process_time() for _ in range(repeats + 1) if function() or True]
+        return f"{np.median(np.diff(began)):.3f}"
+
+    for num_samples in (8, 32):
+        sizes = (
+            f"--num-samples {num_samples} --num-keep 3 --num-gradient-steps 3 --batch-size 128 --hidden-dims 128 128"
+        )
+        agent = make_agent(folder, *sizes.split())
+        cache = agent.cache_samples()
+        print(
+            *(f"K {num_samples}, offline", seconds(lambda a=agent, c=cache: a.improve_critic(0, 128, c))),
+            *("online, critic", seconds(lambda a=agent: a.improve_critic(0, 128))),
+            *("online, distillation", seconds(lambda a=agent: a.distill(128, 1e-4))),
+            *(f"the cache of {len(cache.actions)} states", seconds(agent.cache_samples, 1)),
+        )
+
+
+if __name__ == "__main__":
+    measure_costs()

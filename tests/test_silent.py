@@ -140,7 +140,7 @@ def test_a_failed_online_episode_is_stored_so(tmp_path):
     dataset = common.ReplayBuffer(2, 1)
     agent = parl.Agent(dataset, 2, 1, args, torch.device("cpu"), np.random.default_rng(0))
     (episode,) = common.run_episodes([Careless("falls")], constant(0.5), [0])
-    assert agent.remember(episode) == 2
+    agent.remember(episode)
     assert agent.online.rewards[:2] == pytest.approx([-1, -10]) and agent.online.masks[:2].tolist() == [1, 0]
     assert agent.online.mc_returns[:2] == pytest.approx([-10, -10])
 
