@@ -1661,12 +1661,12 @@ def loss_share(policy, obs, actions):
     policy.zero_grad()
     loss = policy.loss(share(obs), actions[rank::num_ranks])
     loss.backward()
+    parts = [*(parameter.grad for parameter in trained(policy)), loss.detach()[None]]
     if num_ranks > 1:
-        parts = [*(parameter.grad for parameter in trained(policy)), loss.detach()[None]]
         mean = nn.utils.parameters_to_vector(parts)
         dist.all_reduce(mean)
         nn.utils.vector_to_parameters(mean / num_ranks, parts)
-    return loss.detach()
+    return parts[-1][0]
 
 
 # ---------------------------------------- the environment ----------------------------------------

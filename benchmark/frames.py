@@ -45,7 +45,10 @@ def episode(run, start, optimised):
         frames.append(env.render())
         obs = {"image": image[None], "instruction": [args.instruction]}
         keys = [(seed, steps)]  # as in an evaluation
-        action = parl_openvla.act(policy, critic, obs, args, keys) if optimised else policy.sample(obs, 1, keys)[:, 0]
+        if optimised:
+            action = parl_openvla.act(policy, critic, obs, args, keys)
+        else:
+            action = policy.sample(obs, 1, keys, args.sample_temperature)[:, 0]
         image, _, terminated, truncated, info = env.step(action[0].numpy())
         steps, done = steps + 1, terminated or truncated
     return [*frames, env.render()], info["success"]

@@ -174,7 +174,7 @@ def find_terminals(data, sparse, path):
             print(f"warning: {path}: terminals without success, with --sparse-reward: {hint}", file=sys.stderr)
         terminals = terminals | (rewards >= 0)
     if sparse and rewards.max() < 0:
-        hint = "no success anywhere: no reward * scale + bias reaches 0; expected success to pay 0"
+        hint = f"no success anywhere: reward * scale + bias is {rewards.max():.3g} at most; expected success to pay 0"
         print(f"warning: {path}: {hint}", file=sys.stderr)
     elif not terminals.any():
         hint = "no terminal anywhere: every episode counts as one cut short by a time limit"

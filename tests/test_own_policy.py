@@ -74,17 +74,21 @@ def demonstrations(number):
     return {name: np.stack(c) for name, c in zip(names, zip(*columns, strict=True), strict=True)}, episodes
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What a user has: puck.npz, policy.pt, and my_parl.py, which can be imported."""
-    folder, (arrays, episodes) = tmp_path_factory.mktemp("own"), demonstrations(100)
+def make_files(folder, policy, num_steps):
+    """What a user has: puck.npz, policy.pt with `policy`, cloned in num_steps, and my_parl.py, which can be imported."""
+    arrays, episodes = demonstrations(100)
     np.savez(folder / "puck.npz", **HISTORY["with_history"](arrays, 2))
-    torch.manual_seed(0)
-    policy = ChunkPolicy(4, 2)
-    train(policy, episodes, 400)
+    train(policy, episodes, num_steps)
     torch.save(policy.state_dict(), folder / "policy.pt")
     (folder / "my_parl.py").write_text(my_parl())
     sys.path.insert(0, str(folder))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    torch.manual_seed(0)
+    make_files(folder, ChunkPolicy(4, 2), 400)
     yield folder
     sys.path.remove(str(folder))
     sys.modules.pop("my_parl", None)
@@ -269,29 +273,22 @@ def test_another_run_can_start_from_it(finished, folder):
     assert row["eval/policy_success_rate"] == last[-1]["eval/policy_success_rate"]
 
 
-def measure_costs():
+def measure_costs(folder):
     """The page's table: CPU seconds of an update (the median of 5) with a policy that is wider and denoises longer."""
-    folder = Path(tempfile.mkdtemp())
-    np.savez(folder / "puck.npz", **HISTORY["with_history"](demonstrations(100)[0], 2))
-    (folder / "my_parl.py").write_text(my_parl())
-    sys.path.insert(0, str(folder))
-    torch.set_num_threads(1)
-    module = importlib.import_module("my_parl")
-    module.ChunkPolicy = functools.partial(ChunkPolicy, width=256, num_inference_steps=20)
-    torch.save(module.ChunkPolicy(4, 2).state_dict(), folder / "policy.pt")
+    wide = functools.partial(ChunkPolicy, width=256, num_inference_steps=20)
+    make_files(folder, wide(4, 2), 1)
+    importlib.import_module("my_parl").ChunkPolicy = wide
 
     def seconds(function, repeats=5):
         began = [time.process_time() for _ in range(repeats + 1) if function() or True]
         return f"{np.median(np.diff(began)):.3f}"
 
-    for num_samples in (8, 32):
-        sizes = (
-            f"--num-samples {num_samples} --num-keep 3 --num-gradient-steps 3 --batch-size 128 --hidden-dims 128 128"
-        )
+    for number in (8, 32):
+        sizes = f"--num-samples {number} --num-keep 3 --num-gradient-steps 3 --batch-size 128 --hidden-dims 128 128"
         agent = make_agent(folder, *sizes.split())
         cache = agent.cache_samples()
         print(
-            *(f"K {num_samples}, offline", seconds(lambda a=agent, c=cache: a.improve_critic(0, 128, c))),
+            *(f"K {number}: offline", seconds(lambda a=agent, c=cache: a.improve_critic(0, 128, c))),
             *("online, critic", seconds(lambda a=agent: a.improve_critic(0, 128))),
             *("online, distillation", seconds(lambda a=agent: a.distill(128, 1e-4))),
             *(f"the cache of {len(cache.actions)} states", seconds(agent.cache_samples, 1)),
@@ -299,4 +296,8 @@ def measure_costs():
 
 
 if __name__ == "__main__":
-    measure_costs()
+    torch.manual_seed(0)
+    if sys.argv[1:]:
+        make_files(Path(sys.argv[1]), ChunkPolicy(4, 2), 400)
+    else:
+        measure_costs(Path(tempfile.mkdtemp()))

@@ -13,12 +13,9 @@ ARGS = parl.Args(num_samples=3, lora_rank=2)
 
 
 def make_policy(seed):
-    torch.manual_seed(seed)
-    policy = parl.OpenVLAPolicy(4, ARGS)
-    policy.requires_grad_(False)
+    """Of the same frozen weights, as from a file, and LoRA's own by the seed."""
     torch.manual_seed(0)
-    for parameter in policy.parameters():  # the frozen ones are from a file, on every rank the same
-        torch.nn.init.normal_(parameter, std=0.1)
+    policy = parl.OpenVLAPolicy(4, ARGS)
     policy.add_lora(2, 4.0)
     torch.manual_seed(seed)
     for parameter in parl.trained(policy):  # while B is 0, the gradient of A is
