@@ -136,8 +136,8 @@ def test_every_name_in_code_exists(page):
 
 
 def test_every_flag_exists(page):
-    known = {"help", "index-url", "nproc-per-node", "max-restarts", "check"}  # of tyro, pip, torchrun, ruff
-    known |= {"repeats", "growth", "start"}  # of programs in benchmark/
+    known = {"help", "index-url", "no-deps", "nproc-per-node", "max-restarts", "check"}  # of tyro, pip, torchrun, ruff
+    known |= {"repeats", "growth", "start", "seeds", "sweep", "out"}  # of programs in benchmark/
     for script in SCRIPTS:
         known |= {field.name.replace("_", "-") for field in dataclasses.fields(importlib.import_module(script).Args)}
     given = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", page.read_text()))

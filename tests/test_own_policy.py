@@ -75,7 +75,7 @@ def demonstrations(number):
 
 
 def make_files(folder, policy, num_steps):
-    """What a user has: puck.npz, policy.pt with `policy`, cloned in num_steps, and my_parl.py, which can be imported."""
+    """What a user has: puck.npz, `policy` cloned in num_steps as policy.pt, and my_parl.py, which can be imported."""
     arrays, episodes = demonstrations(100)
     np.savez(folder / "puck.npz", **HISTORY["with_history"](arrays, 2))
     train(policy, episodes, num_steps)

@@ -194,6 +194,18 @@ def test_another_kind_of_checkpoint(folder, kind):
         load(folder)
 
 
+def test_pickled_weights_are_converted_as_the_docs_say(folder, weights):
+    for path in folder.glob("model*"):
+        path.unlink()
+    names = sorted(weights)
+    for i in range(2):
+        torch.save({name: weights[name] for name in names[i::2]}, folder / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    code = snippet("pytorch_model*.bin")
+    assert '"openvla-7b-mine"' in code
+    exec(code.replace("openvla-7b-mine", str(folder)), {})
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load(folder).state_dict().items())
+
+
 def test_what_the_official_scripts_leave_beside_a_checkpoint(folder):
     """Files of a fine-tune that is OpenVLA's own: it loads."""
     write_config(folder, image_resize_strategy="resize-naive", use_film=False, num_actions_chunk=1)
