@@ -76,6 +76,7 @@ def demonstrations(number):
 
 def make_files(folder, policy, num_steps):
     """What a user has: puck.npz, `policy` cloned in num_steps as policy.pt, and my_parl.py, which can be imported."""
+    folder.mkdir(exist_ok=True)
     arrays, episodes = demonstrations(100)
     np.savez(folder / "puck.npz", **HISTORY["with_history"](arrays, 2))
     train(policy, episodes, num_steps)
@@ -267,8 +268,10 @@ def test_stopped_and_resumed(finished, folder, monkeypatch, capfd):
 
 def test_another_run_can_start_from_it(finished, folder):
     """The normaliser in the checkpoint, not that of the dataset at hand."""
+    arrays = dict(np.load(folder / "puck.npz"))
+    np.savez(folder / "other.npz", **arrays | {name: arrays[name] + 300 for name in arrays if "observations" in name})
     short = ["--offline-steps", 2, "--online-steps", 0, "--policy-checkpoint", finished / "checkpoint.pt"]
-    run_here("my_parl", *RUN, "--dataset-path", folder / "puck.npz", *short, "--run-dir", folder / "next")
+    run_here("my_parl", *RUN, "--dataset-path", folder / "other.npz", *short, "--run-dir", folder / "next")
     (row, *_), last = (common.read_metrics(folder / name / "metrics.csv") for name in ("next", "run"))
     assert row["eval/policy_success_rate"] == last[-1]["eval/policy_success_rate"]
 
