@@ -158,7 +158,7 @@ def test_normalised_twice_it_fails(folder, own):
 
 
 def test_the_two_methods(folder, own):
-    """Shapes, units, noise that another state or the number of states changes, a loss that trains nothing."""
+    """Shapes, units, noise that other states change, samples of another state, a loss that does not train."""
     agent, (policy, _) = make_agent(folder), own
     obs = agent.normalized(agent.dataset.states[:3])
     before, generator = agent.policy_ema.state_dict(), torch.get_rng_state()
@@ -174,6 +174,9 @@ def test_the_two_methods(folder, own):
     torch.testing.assert_close(actions[1].unflatten(-1, (4, 2)), forces / 2, rtol=0, atol=1e-4)
     for name, value in agent.policy_ema.state_dict().items():
         assert torch.equal(value, before[name]), name
+    agent.policy_ema.model.predict_action = lambda given: {"action": given["obs"][:, -1:, :2].expand(-1, 4, -1) / 1000}
+    places = torch.from_numpy(agent.dataset.states[:3, 4:6]) / 2000  # in training, of each state its own K
+    torch.testing.assert_close(agent.policy_ema.sample(obs, 5), places.repeat(1, 4)[:, None].expand(-1, 5, -1))
     loss, batch = agent.policy.train().loss(obs, actions[:, 0]), {}
     loss.backward()
     assert loss.shape == () and all(value.grad.norm() > 0 for value in agent.policy.parameters())
