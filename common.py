@@ -525,6 +525,7 @@ COLUMNS = """
     critic/loss critic/td_loss critic/cql_loss critic/q_data critic/q_policy critic/q_minus_mc critic/calibration_rate
     policy/bc_loss policy/distill_loss
     opt/q_before opt/q_after opt/improvement opt/candidate_entropy opt/grad_norm opt/l1_move opt/tokens_changed
+    opt/sample_age
     time/steps_per_second time/critic_ms time/distill_ms time/act_ms
 """.split()  # noqa: SIM905
 
@@ -625,6 +626,10 @@ class Log:
                 if prefix + "success_rate" in row:
                     steps, minutes = row.get(prefix + "steps_to_goal", math.nan), self.counters.seconds[phase] / 60
                     print(f"{phase:<10}{name:<12}{row[prefix + 'success_rate']:>8.0%}{steps:>15.1f}{minutes:>9.1f}")
+        collected = [row["train/success"] for row in rows if row["phase"] == "online" and "train/success" in row]
+        if collected and not self.args.num_eval_episodes:
+            first, last = (f"{np.mean(part):.0%}" for part in (collected[:10], collected[-10:]))
+            print(f"online    success of the first ten episodes collected {first}, of the last ten {last}")
         print(f"in {self.directory}")
         if self.wandb:
             self.try_wandb(self.wandb.finish)
@@ -705,9 +710,9 @@ class Checkpoint:
         """
         self.kept["log"].check_finite()
         state = {name: item.state_dict() for name, item in self.kept.items()}
-        for name, values in state.items():
-            numbers = {part: x for part, x in values.items() if torch.is_tensor(x) and x.is_floating_point()}
-            if bad := [part for part, value in numbers.items() if not torch.isfinite(value).all()]:
+        for name, item in self.kept.items():
+            weights = item.named_parameters() if isinstance(item, torch.nn.Module) else ()
+            if bad := [part for part, value in weights if not torch.isfinite(value).all()]:
                 raise FloatingPointError(f"{name}.{bad[0]} is not finite; the last good checkpoint is {self.path}")
         state |= self.identity | dict(args=vars(self.args), generators=self.generators())
         replace_file(self.path, lambda file: torch.save(state, file))
@@ -832,9 +837,10 @@ class StopSignal:
         """act, see `run_episodes`, but that it leaves where it was asked to stop."""
 
         def checked(obs, keys):
+            actions = None if self.asked else act(obs, keys)
             if self.asked:
                 self.leave("; the episode in progress is dropped")
-            return act(obs, keys)
+            return actions
 
         return checked
 

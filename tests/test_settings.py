@@ -18,9 +18,9 @@ import parl_transformer
 
 PAPER = dict(
     num_samples=32, num_keep=10, num_gradient_steps=10, action_lr=3e-4, discount=0.99, target_rate=0.005,
-    batch_size=256, ensemble_size=10, critic_subset=2, cql_weight=0.005, cql_n_actions=10, critic_lr=3e-4, num_bins=128, policy_utd=1,
-    critic_utd=1, offline_ratio=0.5, bc_steps=3_000_000, offline_steps=1_000_000, online_episodes=1000, action_chunk=1,
-    critic_ema_rate=1.0, hidden_dims=(256, 256), policy_warmup_steps=2000, normalize_obs=True,
+    batch_size=256, ensemble_size=10, critic_subset=2, cql_weight=0.005, cql_n_actions=10, critic_lr=3e-4, num_bins=128,
+    policy_utd=1, critic_utd=1, offline_ratio=0.5, bc_steps=3_000_000, offline_steps=1_000_000, online_episodes=1000,
+    action_chunk=1, critic_ema_rate=1.0, hidden_dims=(256, 256), policy_warmup_steps=2000, normalize_obs=True,
 )  # fmt: skip
 OF_POLICY = {
     "parl_gaussian": dict(bc_lr=3e-4, distill_lr=5e-5, policy_ema_rate=1.0),
