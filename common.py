@@ -115,7 +115,7 @@ def mc_returns(rewards, masks, discount, sparse=False):
 
     rewards, masks (L,), scaled as they are learned from -> (L,) float32. sparse: each step costs until success, which
     costs nothing; an episode of negative rewards alone never succeeded and goes on for ever at its last cost.
-    NOTE(differs): an online episode that fails goes on for ever too (released: its truncated sum, or a robot's).
+    NOTE(differs): an online episode that fails goes on for ever too (released: its sum so far, but for a robot).
     """
     rewards = np.asarray(rewards, np.float64)
     returns = np.zeros(len(rewards) + 1)
@@ -140,14 +140,17 @@ def endless_failure(rewards, masks, discount):
 
 def learned_from(episode, args):
     """The rewards (L,) that an online episode is learned from, scaled, and its returns-to-go (L,). episode: with raw
-    rewards and masks (L,). Raises InputError where --sparse-reward and a step pays more than 0."""
-    rewards = np.asarray(episode["rewards"]) * args.reward_scale + args.reward_bias
+    rewards and masks (L,), and success. Raises InputError where --sparse-reward and not success alone pays 0."""
+    rewards = (np.asarray(episode["rewards"]) * args.reward_scale + args.reward_bias).round(6)
     returns = mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
     if not args.sparse_reward:
         return rewards, returns
-    if rewards.max() > 0:
-        paid = f"a reward of {max(episode['rewards']):g} is {rewards.max():g} with --reward-scale and --reward-bias"
-        raise InputError(f"--sparse-reward: {paid}; expected success to pay 0, and all other steps less")
+    if rewards.max() > 0 or (rewards[:-1] == 0).any() or (rewards[-1] == 0) != episode["success"]:
+        paid = (
+            f"with --reward-scale and --reward-bias an episode paid {rewards[:-1].max(initial=rewards[-1]):g} at most"
+        )
+        paid += f", and {rewards[-1]:g} at its end, with success {bool(episode['success'])}"
+        raise InputError(f"--sparse-reward: {paid}; expected 0 for success, info['success'], and less for other steps")
     if episode["masks"][-1] == 0 and rewards.max() < 0:
         warn_once("--sparse-reward: an episode ended in a failure, which counts as its last cost for ever")
     return endless_failure(rewards, episode["masks"], args.discount), returns
@@ -333,7 +336,9 @@ class Episode:
         return terminated or truncated
 
     def check(self, name, value):
-        if not np.isfinite(value).all():
+        with np.errstate(over="ignore"):
+            is_finite = np.isfinite(np.asarray(value, np.float32)).all()
+        if not is_finite:
             name_of_env = self.env.spec.id if self.env.spec else type(self.env.unwrapped).__name__
             where = f"{name_of_env}, episode with reset seed {self.seed}, step {len(self.actions)}"
             raise FloatingPointError(f"{where}: {name} is not finite, {value}; no further action was sent")
@@ -384,12 +389,12 @@ def evaluate_agent(envs, agent, run, args, guard=lambda act: act):
     """The eval columns of a row: of the raw policy and, once there is a critic, of the optimised one.
 
     agent: has act_raw and act, see `run_episodes`; guard(act): what is called in its place. With --capture-video three
-    episodes of the better of them are left in the run's folder.
+    episodes are left in the run's folder, of the optimised policy once there is one.
     """
     row = evaluate(envs, guard(agent.act_raw), args.num_eval_episodes, "eval/policy_")
     if has_critic := run.counters.phase != "bc":
         row |= evaluate(envs, guard(agent.act), args.num_eval_episodes, "eval/")
-    if args.capture_video:
+    if args.capture_video and args.num_eval_episodes:
         folder = run.directory / "videos" / f"{run.counters.phase}-{run.counters.gradient_step}"
         actor = guard(agent.act if has_critic else agent.act_raw)
         run_episodes(envs[:3], actor, EVALUATION_SEED + np.arange(3), video_dir=folder)
@@ -417,8 +422,8 @@ class Counters:
     A step counts as done from when it begins, for nothing is logged or saved before it ends.
     """
 
-    def __init__(self, args, quiet=False):
-        self.args, self.quiet = args, quiet
+    def __init__(self, args):
+        self.args = args
         self.phase, self.done, self.seconds = "bc", collections.Counter(), collections.Counter()
         self.gradient_step = self.env_step = self.episode = self.successes = 0
         self.before, self.is_last = 0, True  # the phase's steps before this one; is it the phase's last?
@@ -429,7 +434,7 @@ class Counters:
 
     def steps(self, phase, num_steps):
         """The indices of the gradient steps of `phase` that are left, with a progress bar."""
-        with Progress(phase, self.done[phase], num_steps, self.quiet) as progress:
+        with Progress(phase, self.done[phase], num_steps) as progress:
             while self.done[phase] < num_steps:
                 self.phase, self.before = phase, self.done[phase]
                 self.done[phase], self.gradient_step = self.before + 1, self.gradient_step + 1
@@ -440,7 +445,7 @@ class Counters:
     def episodes(self):
         """The online episodes that are left, as seeds for their resets. The loop's body collects one, unless it was
         `collected` before the run was stopped, and ends with `end_episode`."""
-        with Progress("online", self.env_step, self.args.online_steps, self.quiet) as progress:
+        with Progress("online", self.env_step, self.args.online_steps) as progress:
             while self.collected or not self.is_enough():
                 self.phase, self.before = "online", self.done["online"]
                 yield reset_seed(self.args.seed, 3, self.episode)
@@ -470,7 +475,7 @@ class Counters:
         return self.is_last or self.before // every < self.done[self.phase] // every
 
     def state_dict(self):
-        state = {name: value for name, value in vars(self).items() if name not in ("args", "quiet")}
+        state = {name: value for name, value in vars(self).items() if name != "args"}
         return state | {"done": dict(self.done), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state):
@@ -484,13 +489,13 @@ class Progress:
     total: None where it is not known.
     """
 
-    def __init__(self, name, initial, total, quiet):
+    def __init__(self, name, initial, total):
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, initial=initial, desc=name, disable=quiet or None)
-        self.name, self.initial, self.total, self.quiet = name, initial, total, quiet
+        self.bar = tqdm(total=total, initial=initial, desc=name, disable=None)
+        self.name, self.initial, self.total = name, initial, total
         self.began = self.last_line = time.perf_counter()
-        self.has_estimate = quiet or total is None
+        self.has_estimate = total is None
 
     def __enter__(self):
         return self
@@ -504,9 +509,10 @@ class Progress:
         if not self.has_estimate and done >= 20:
             minutes = (now - self.began) / done * (self.total - number) / 60
             if minutes > 1:
-                print_past_bars(f"{self.name}: about {minutes:.0f} minutes for {self.total} steps, without evaluations")
+                steps = f"{self.total - number} more steps"
+                print_past_bars(f"{self.name}: about {minutes:.0f} minutes for {steps}, without evaluations")
             self.has_estimate = True
-        if self.bar.disable and not self.quiet and now - self.last_line > 180:
+        if self.bar.disable and now - self.last_line > 180:
             print(f"{self.name}: {number} of {self.total or 'unknown'} steps", flush=True)
             self.last_line = now
 
@@ -564,6 +570,7 @@ class Log:
 
     def write(self, info):
         """One row: where the run is, the means since the last row, and `info`."""
+        self.check_finite()
         counters, seconds = self.counters, time.perf_counter() - self.lap_start
         counters.seconds[counters.phase] += seconds
         row = {name: getattr(counters, name) for name in COLUMNS[:4]}
@@ -586,8 +593,11 @@ class Log:
             self.columns += new
             replace_file(path, "\n".join([",".join(self.columns), *(line + "," * len(new) for line in rows), ""]))
         values = [row.get(name, "") for name in self.columns]
-        with writing(path), open(path, "a") as file:
+        with writing(path), open(path, "r+") as file:  # which is there, with its header
+            file.seek(0, os.SEEK_END)
             file.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that counts it
         self.num_rows += 1
 
     def open(self, config):
@@ -712,6 +722,8 @@ class Checkpoint:
         state = {name: item.state_dict() for name, item in self.kept.items()}
         for name, item in self.kept.items():
             weights = item.named_parameters() if isinstance(item, torch.nn.Module) else ()
+            if isinstance(item, torch.optim.Optimizer):
+                weights = ((part, x) for values in item.state.values() for part, x in values.items())
             if bad := [part for part, value in weights if not torch.isfinite(value).all()]:
                 raise FloatingPointError(f"{name}.{bad[0]} is not finite; the last good checkpoint is {self.path}")
         state |= self.identity | dict(args=vars(self.args), generators=self.generators())
@@ -738,7 +750,7 @@ class Checkpoint:
         if not self.path.is_file():
             expected = f"it was stopped before its first one; expected --run-dir {self.path.parent} to begin again"
             raise InputError(f"--resume {self.path.parent}: no checkpoint.pt; {expected}")
-        if not self.args.eval_only:
+        if not (self.args.eval_only and family(self.args.env_id)):  # what is no simulator may be a robot
             self.lock()
         fixed = ("policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward")
         state = load_checkpoint(self.path, "--resume", self.args, self.identity, fixed, **self.kept)
@@ -753,12 +765,17 @@ class Checkpoint:
                 fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 raise InputError(f"--run-dir {self.path.parent}: another process is running in it") from error
+            except OSError as error:
+                print(
+                    f"warning: {self.path.parent} cannot be locked ({error}): start no other run in it", file=sys.stderr
+                )
 
     def check_phases(self, saved, counters):
-        for phase, name in (("bc", "bc_steps"), ("offline", "offline_steps"), ("distill", "offline_distill_steps")):
+        phases = dict(bc="bc_steps", warmup="warmup_episodes", offline="offline_steps", distill="offline_distill_steps")
+        for phase, name in phases.items():
             if counters.phase == phase:
                 break
-            if getattr(self.args, name) > saved[name]:
+            if getattr(self.args, name, 0) > saved.get(name, 0):
                 flag = f"--{name.replace('_', '-')} {getattr(self.args, name)}"
                 reason = f"expected at most its {saved[name]}; it is in {counters.phase}"
                 raise InputError(f"{flag} with --resume {self.path.parent}: {reason}")
@@ -829,7 +846,7 @@ class StopSignal:
 
     def on_signal(self, number, frame):
         if self.asked:
-            raise KeyboardInterrupt
+            sys.exit(128 + number)
         self.asked = signal.Signals(number).name
         print(f"{self.asked}: stopping after the update in progress; again: at once", file=sys.stderr)
 
@@ -847,7 +864,8 @@ class StopSignal:
     def leave(self, dropped=""):
         """Exit with the status of a process that the signal ended: 130 after Ctrl-C, 143 after SIGTERM."""
         self.log.finish()
-        print(f"stopped by {self.asked}{dropped}; to go on: the same command, or --resume {self.log.directory}")
+        same = "the same command, or " if self.log.args.run_dir else ""
+        print(f"stopped by {self.asked}{dropped}; to go on: {same}--resume {self.log.directory}")
         sys.exit(128 + signal.Signals[self.asked])
 
 
@@ -862,7 +880,7 @@ class Run:
 
 
 def open_run(args, script, generator, dataset, kept):
-    """The Run; with --policy-checkpoint or --resume what is `kept` is loaded. Nothing is written yet.
+    """The Run; with --policy-checkpoint or --resume what is `kept` is loaded. Its folder may be there, empty.
 
     kept: see `Checkpoint`, the policy and its average among it. Raises InputError.
     """
@@ -899,21 +917,22 @@ def run_directory(args, script):
 def begin(run, args):
     """Make the run's folder with config.json, metrics.csv and a checkpoint, or go on in it; print the flags."""
     directory, checkpoint, command = run.directory, run.checkpoint, sys.argv[1:]
-    if not args.resume and checkpoint.path.exists():
-        raise InputError(f"--run-dir {directory}: holds a run; expected a new folder, or --resume to go on")
     with writing(directory / "config.json"):
         directory.mkdir(parents=True, exist_ok=True)
-    checkpoint.lock()
+    if not args.resume:
+        checkpoint.lock()
+        if checkpoint.path.exists():
+            raise InputError(f"--run-dir {directory}: holds a run; expected a new folder, or --resume to go on")
     if args.resume:
         command = read_config(directory).get("command", command)  # that of its start
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
     config = {**vars(args), **checkpoint.identity, "python": sys.version.split()[0], **versions, "command": command}
-    replace_file(directory / "config.json", json.dumps(config, indent=2))
     flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items())
     print(textwrap.fill(flags, 118, break_on_hyphens=False), flush=True)
     if args.resume:
         print(f"resumed in phase {run.counters.phase} after {run.counters.gradient_step} updates")
     run.log.open(config)
+    replace_file(directory / "config.json", json.dumps(config, indent=2))
     checkpoint.save()
 
 
@@ -961,7 +980,14 @@ def family(env_id):
 # Flags that are numbers are at least 0, but for these; a policy checks its own.
 AT_LEAST_1 = {"batch_size", "ensemble_size", "critic_subset", "cql_n_actions", "num_samples", "num_keep", "critic_utd"}
 AT_LEAST_1 |= {"eval_every", "log_every", "action_chunk"}
-AT_MOST = {"target_rate": 1, "critic_ema_rate": 1, "policy_ema_rate": 1, "offline_ratio": 1, "discount": 1 - 1e-6}
+AT_MOST = {
+    "seed": 2**32 - 1,
+    "target_rate": 1,
+    "critic_ema_rate": 1,
+    "policy_ema_rate": 1,
+    "offline_ratio": 1,
+    "discount": 1 - 1e-6,
+}
 ANY_SIGN = {"reward_scale", "reward_bias", "q_min", "q_max"}
 
 

@@ -35,6 +35,7 @@ deviation of a normal distribution, and tanh brings its draws into [-1, 1] (Haar
     python parl_gaussian.py    # pointmaze-umaze-play: to 100 % success in minutes on a laptop CPU; see README.md
 """
 
+import atexit
 import copy
 import dataclasses
 import json
@@ -61,7 +62,9 @@ class Args(common.RunArgs):
     bc_steps: int = 3_000_000  # gradient steps of behaviour cloning
     offline_steps: int = 1_000_000  # critic updates of offline RL; 0: pure online
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
-    online_episodes: int | None = 1000  # episodes of it; one of the two flags given counts alone, of both the first met
+    online_episodes: int | None = (
+        1000  # episodes, or fewer where online_steps ends it first; either given alone drops the other
+    )
     batch_size: int = 256  # transitions per update (B)
     # rewards
     discount: float = 0.99  # gamma, per environment step
@@ -202,8 +205,11 @@ def hl_gauss(target, args):
 
 
 def value_range(rewards, args):
-    """(q_min, q_max): --q-min and --q-max where given, else the discounted sum of the lowest and of the highest reward
-    (but of 0, if that is lower or higher) for ever. rewards (N,): the dataset's, scaled. Raises InputError."""
+    """(q_min, q_max): --q-min and --q-max where given. Else q_min is what the lowest reward, or 0 if that is lower,
+    adds up to for ever, r / (1 - discount), and q_max the same with the highest. rewards (N,): the dataset's, scaled.
+    Raises InputError."""
+    if args.sparse_reward and not len(rewards) and args.q_min is None and args.reward_bias >= 0:
+        raise InputError("--q-min: expected one; there is no dataset to take what a step costs from")
     if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
         rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
@@ -233,7 +239,8 @@ class Critic(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(E, 1, width) for width in args.hidden_dims)
         self.norm_scales = nn.ParameterList(torch.ones(E, 1, width) for width in args.hidden_dims)
         self.norm_biases = nn.ParameterList(torch.zeros(E, 1, width) for width in args.hidden_dims)
-        self.head_weight = nn.Parameter(nn.init.orthogonal_(torch.empty(widths[-1], outputs), 1e-2))  # (H, bins)
+        head_weight = nn.init.orthogonal_(torch.empty(widths[-1], outputs), 1e-2)  # small, as the last layer below
+        self.head_weight = nn.Parameter(head_weight)  # (H, bins)
         self.head_bias = nn.Parameter(torch.zeros(outputs))
         for i, weight in enumerate(self.weights):
             is_last = i == len(self.weights) - 1
@@ -310,7 +317,9 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))  # at once: a hidden layer of 2 MB
+    states = 2**19 // (
+        args.num_keep * args.ensemble_size * max(args.hidden_dims)
+    )  # at once: 2 MB of a hidden layer for the M
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, *own_part), args)
@@ -420,9 +429,9 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
     else:
         td_loss = -(hl_gauss(target, args) * torch.log_softmax(logits[:, :, 0], -1)).sum(-1).mean()
 
-    # CQL: push down a soft maximum over random and policy actions at s (that for s' is one more that is likely there),
-    # push up the data's. Each policy action stands for n equal ones, scored once. Cal-QL: a policy action is never
-    # pushed below the return that the data reached from here.
+    # CQL: push down a soft maximum over random and policy actions at s, push up the data's. The action optimised for s'
+    # is valued at s as well: s is a step away, so it is a likely action there too. Each policy action stands for n
+    # equal ones, scored once. Cal-QL: a policy action is never pushed below the return that the data reached from here.
     proposals = torch.cat([random_actions, batch["policy_actions"][:, None], batch["next_policy_actions"][:, None]], 1)
     q_proposals, _ = critic(obs, proposals, cql_members)  # (2, B, n + 2)
     q_random, q_policy = q_proposals.split([n, 2], dim=-1)
@@ -512,9 +521,11 @@ def train(args: Args) -> Path:
         dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
     else:
         dataset = common.ReplayBuffer(obs_dim, act_dim)
-        args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # nothing to learn from yet
+        args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # no data, no offline RL
     q_min, q_max = value_range(common.step_rewards(dataset, args), args)
-    args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
+    args = dataclasses.replace(args, q_min=q_min, q_max=q_max)  # which the critic's bins span
+    if not common.family(args.env_id):
+        atexit.register(env.close)  # a robot is let go, however the run ends
 
     # What learns; where the run is, what it logs, what it keeps
     agent = Agent(dataset, obs_dim, args.action_chunk * act_dim, args, device, generator)
@@ -528,7 +539,7 @@ def train(args: Args) -> Path:
 
     def end_update(describe=dict):
         """What ends each update of phases 1 and 2, and each online episode: log, evaluate, save, stop if asked."""
-        evaluates, row = counters.due(args.eval_every), {}
+        evaluates, row = counters.owes_evaluation or counters.due(args.eval_every), {}
         if evaluates or counters.due(args.log_every) or counters.phase == "online":
             log.add(describe())
             if evaluates:
@@ -604,6 +615,7 @@ class Agent:
     def __init__(self, dataset, obs_dim, act_dim, args, device, generator):
         self.dataset, self.online = dataset, common.ReplayBuffer(obs_dim, act_dim // args.action_chunk)
         self.act_dim, self.args, self.device, self.generator = act_dim, args, device, generator
+        self.latest = None  # obs and samples of the last critic update
         states = dataset.states[: dataset.num_states if args.normalize_obs else 0]
         # NOTE(differs): observations are normalised by the dataset's mean and standard deviation (released: not).
         self.normalizer = common.Normalizer(obs_dim, states).to(device)
@@ -664,7 +676,7 @@ class Agent:
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""
-        return optimization_info(self.critic_ema, *self.latest, self.args)
+        return optimization_info(self.critic_ema, *self.latest, self.args) if self.latest else {}
 
     def normalized(self, obs):  # (N, O) raw observations, numpy -> (N, O)
         return self.normalizer(torch.from_numpy(obs).to(self.device))
