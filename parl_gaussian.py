@@ -508,28 +508,7 @@ def learning_rate(base, step, num_steps, args, cosine=False):
 
 def train(args: Args) -> Path:
     """Behaviour cloning, offline RL, online fine-tuning. Returns the run's directory. Raises InputError."""
-    common.check_flags(args)
-    device, generator = common.start(args)  # torch's own generator draws noise, this one batches
-
-    # Environment and data. In a project without envs/: your gymnasium environment, your common.ReplayBuffer
-    import envs
-
-    eval_envs = [envs.make(args.env_id, args.sparse_reward, args.capture_video) for _ in range(common.num_envs(args))]
-    env, (obs_dim,), (act_dim,) = eval_envs[0], eval_envs[0].observation_space.shape, eval_envs[0].action_space.shape
-    if (args.bc_steps or args.offline_ratio) and not args.eval_only:
-        rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
-    else:
-        dataset = common.ReplayBuffer(obs_dim, act_dim)
-        args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # no data, no offline RL
-    q_min, q_max = value_range(common.step_rewards(dataset, args), args)
-    args = dataclasses.replace(args, q_min=q_min, q_max=q_max)  # which the critic's bins span
-    if not common.family(args.env_id):
-        atexit.register(env.close)  # a robot is let go, however the run ends
-
-    # What learns; where the run is, what it logs, what it keeps
-    agent = Agent(dataset, obs_dim, args.action_chunk * act_dim, args, device, generator)
-    run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
+    args, env, eval_envs, agent, run = set_up(args)
     counters, log, checkpoint = run.counters, run.log, run.checkpoint
     if args.eval_only:
         print(json.dumps(common.evaluate_agent(eval_envs, agent, run, args), indent=2))
@@ -591,7 +570,7 @@ def train(args: Args) -> Path:
             agent.remember(episode)
             counters.collected = common.episode_columns(episode)
         length = int(counters.collected["train/length"])
-        share = len(dataset) / (len(dataset) + len(agent.online)) if args.offline_ratio else 0.0
+        share = len(agent.dataset) / (len(agent.dataset) + len(agent.online)) if args.offline_ratio else 0.0
         first = args.policy_utd * counters.env_step
         for step in counters.updates("distillation", args.policy_utd * length):
             stop_if_asked()
@@ -607,6 +586,33 @@ def train(args: Args) -> Path:
         end_update(agent.describe)
     log.finish()
     return run.directory
+
+
+def set_up(args):
+    """args with what follows from the data, the environments, the Agent and the Run of a training."""
+    common.check_flags(args)
+    device, generator = common.start(args)  # torch's own generator draws noise, this one batches
+
+    # Environment and data. In a project without envs/: your gymnasium environment, your common.ReplayBuffer
+    import envs
+
+    eval_envs = [envs.make(args.env_id, args.sparse_reward, args.capture_video) for _ in range(common.num_envs(args))]
+    env, (obs_dim,), (act_dim,) = eval_envs[0], eval_envs[0].observation_space.shape, eval_envs[0].action_space.shape
+    if (args.bc_steps or args.offline_ratio) and not args.eval_only:
+        rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
+        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
+    else:
+        dataset = common.ReplayBuffer(obs_dim, act_dim)
+        args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # no data, no offline RL
+    q_min, q_max = value_range(common.step_rewards(dataset, args), args)
+    args = dataclasses.replace(args, q_min=q_min, q_max=q_max)  # which the critic's bins span
+    if not common.family(args.env_id):
+        atexit.register(env.close)  # a robot is let go, however the run ends
+
+    # What learns; where the run is, what it logs, what it keeps
+    agent = Agent(dataset, obs_dim, args.action_chunk * act_dim, args, device, generator)
+    run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
+    return args, env, eval_envs, agent, run
 
 
 class Agent:

@@ -1,6 +1,6 @@
 """How well `parl_diffusion.py` clones, and how fast it samples, by objective, steps, schedule and width.
 
-python benchmark/samplers.py         # 40 minutes: samplers.csv, every seed; samplers.md, .png and samplers_modes.png
+python benchmark/samplers.py         # 30 minutes: samplers.csv, every seed; samplers.md, .png and samplers_modes.png
 python benchmark/samplers.py draw    # samplers.md and samplers.png again, from samplers.csv
 
 A policy is cloned with its task's preset (of the slalom: the flags of slalom.txt) on all data but what it is compared
@@ -52,7 +52,7 @@ def vp_betas(num_steps):
     return (1 - torch.exp(-0.1 / num_steps - 0.5 * 9.9 * (2 * t - 1) / num_steps**2)).float()
 
 
-SCHEDULES = {"cosine": parl.cosine_betas, "vp": vp_betas}
+SCHEDULES = {"cosine": parl.cosine_betas, "vp": vp_betas, "": parl.cosine_betas}  # a flow has none
 
 
 class SlalomData:
@@ -165,7 +165,7 @@ def milliseconds(task, data, repeats=10):
     times = {setting: [] for setting in itertools.product(("ddpm", "flow"), STEPS, WIDTHS)}
     for _ in range(repeats):
         for (objective, steps, width), values in times.items():
-            args, policy = make_policy(task, data, objective, "cosine", steps, width, 0)
+            args, policy = make_policy(task, data, objective, "", steps, width, 0)
             states = torch.randn(2 * args.batch_size, data.obs.shape[1])
             began = time.process_time()
             policy.eval().sample(states, args.num_samples)
@@ -173,46 +173,57 @@ def milliseconds(task, data, repeats=10):
     return {setting: statistics.median(values) for setting, values in times.items()}
 
 
-def plan():
-    """(width, seed, objective, schedule, steps that one cloning serves); vp: seed 0 of the smaller width alone."""
-    for width in WIDTHS:
-        for seed in SEEDS:
-            yield width, seed, "flow", "cosine", STEPS
-            yield from ((width, seed, "ddpm", "cosine", (steps,)) for steps in STEPS)
-            if seed == 0 and width == WIDTHS[0]:
-                yield from ((width, seed, "ddpm", "vp", (steps,)) for steps in STEPS)
+def plan(task):
+    """Per cloning: objective, schedule, width, seed, and the numbers of steps that it serves and samplers.csv lacks.
+
+    vp: seed 0 of the smaller width alone.
+    """
+    done = {(*setting, row.get("seed")) for setting, rows in read().items() for row in rows}
+    for width, seed in itertools.product(WIDTHS, SEEDS):
+        clonings = [("flow", "", STEPS), *(("ddpm", "cosine", (steps,)) for steps in STEPS)]
+        clonings += [("ddpm", "vp", (steps,)) for steps in STEPS if (width, seed) == (WIDTHS[0], SEEDS[0])]
+        for objective, schedule, all_steps in clonings:
+            missing = [n for n in all_steps if (task, objective, schedule, str(width), str(n), seed) not in done]
+            if missing:
+                yield objective, schedule, width, seed, missing
 
 
 def run():
-    """Write samplers.csv, a row per task, setting and seed, as they come."""
+    """Append a row per task, setting and seed to samplers.csv as they come: stopped, it goes on where it was."""
     torch.set_num_threads(1)
     common.keep_freed_memory()
-    with open(HERE / "samplers.csv", "w", newline="") as file:
+    for task, make_data in {"slalom": SlalomData, "drawer-open": DrawerData}.items():
+        if not (clonings := list(plan(task))):
+            continue
+        data, (env_id, flags) = make_data(), TASKS[task]
+        simulators = [envs.make(env_id, flags.get("sparse_reward", False)) for _ in range(10)]
+        normalizer, ms, pictures = common.Normalizer(data.obs.shape[1], data.obs), milliseconds(task, data), {}
+        if (task, "data", "", "", "") not in read():
+            write({"task": task, "objective": "data", "distance": data.floor(), "spread": 1, "success": data.success})
+        for objective, schedule, width, seed, all_steps in clonings:
+            args, policy = make_policy(task, data, objective, schedule, all_steps[0], width, seed)
+            policy = clone(data, normalizer, args, policy)
+            for steps in all_steps:
+                set_schedule(policy, schedule, steps)
+                row = dict(task=task, objective=objective, schedule=schedule, width=width, steps=steps, seed=seed)
+                write(row | {"ms": ms[objective, steps, width]} | measure(data, normalizer, policy, simulators))
+                if task == "slalom" and (seed, width) == (0, WIDTHS[0]) and schedule != "vp":
+                    pictures[objective, steps] = policy.sample(normalizer(torch.tensor([STATE])), 400)[0]
+        if pictures:
+            draw_modes(pictures, data)
+
+
+def write(row):
+    """Append a row to samplers.csv."""
+    print(row, flush=True)
+    path = HERE / "samplers.csv"
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for task, make_data in {"slalom": SlalomData, "drawer-open": DrawerData}.items():
-            data, (env_id, flags) = make_data(), TASKS[task]
-            simulators = [envs.make(env_id, flags.get("sparse_reward", False)) for _ in range(10)]
-            normalizer = common.Normalizer(data.obs.shape[1], data.obs)
-            ms, pictures = milliseconds(task, data), {}
-            rows = [{"objective": "data", "distance": data.floor(), "spread": 1.0, "success": float(data.success)}]
-            for width, seed, objective, schedule, all_steps in plan():
-                args, policy = make_policy(task, data, objective, schedule, all_steps[0], width, seed)
-                policy = clone(data, normalizer, args, policy)
-                for steps in all_steps:
-                    set_schedule(policy, schedule, steps)
-                    row = dict(objective=objective, schedule="" if policy.flow else schedule, width=width, steps=steps)
-                    row |= dict(seed=seed, ms=ms[objective, steps, width])
-                    rows.append(row | measure(data, normalizer, policy, simulators))
-                    if task == "slalom" and (seed, width, schedule) == (0, WIDTHS[0], "cosine"):
-                        pictures[objective, steps] = policy.sample(normalizer(torch.tensor([STATE])), 400)[0]
-                while rows:
-                    row = {"task": task, **rows.pop(0)}
-                    print(row, flush=True)
-                    writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-                file.flush()
-            if pictures:
-                draw_modes(pictures, data)
+        if is_new:
+            writer.writeheader()
+        numbers = {name: f"{value:.4g}" for name, value in row.items() if name not in (*SETTING, "seed")}
+        writer.writerow(row | numbers)
 
 
 # ======================================== TABLE AND PLOTS ========================================
@@ -233,6 +244,8 @@ HEADER = """HEADER
 def read():
     """{(task, objective, schedule, width, steps): rows of samplers.csv, one per seed}, numbers where they are some."""
     settings = {}
+    if not (HERE / "samplers.csv").exists():
+        return settings
     with open(HERE / "samplers.csv", newline="") as file:
         for row in csv.DictReader(file):
             numbers = {name: float(row[name]) for name in COLUMNS if name not in SETTING and row[name]}
