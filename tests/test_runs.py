@@ -125,9 +125,12 @@ def interrupt(script, directory, phase, number):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None:
         time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)  # so that it does not go on while it is looked at
         if (directory / "checkpoint.pt").exists() and within(directory, phase):
             break
+        process.send_signal(signal.SIGCONT)
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
@@ -158,8 +161,12 @@ def test_killed_before_anything_happened(finished, tmp_path):
     directory = tmp_path / "early"
     command = [sys.executable, str(ROOT / "parl_diffusion.py"), *SMALL, "--run-dir", str(directory)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (directory / "checkpoint.pt").exists():
-        time.sleep(0.005)
+    while True:
+        time.sleep(0.002)
+        process.send_signal(signal.SIGSTOP)  # so that it does not go on while it is looked at
+        if (directory / "checkpoint.pt").exists():
+            break
+        process.send_signal(signal.SIGCONT)
     process.kill()
     process.wait()
     assert load(directory)["counters"]["gradient_step"] == 0
@@ -393,7 +400,7 @@ def replaced(source, pattern, line):
 
 
 def test_one_file_copied_into_a_project_without_envs_runs_with_common_alone(script, tmp_path):
-    """What needs envs/ beyond the three lines of `train` that a project of one's own replaces would fail here."""
+    """What needs envs/ beyond the three lines that a project of one's own replaces would fail here."""
     shutil.copy(ROOT / "common.py", tmp_path)
     source = (ROOT / f"{script}.py").read_text()
     source = replaced(source, r"import envs", "# no envs")
