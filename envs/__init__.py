@@ -249,6 +249,8 @@ def family_module(env_id):
     except ModuleNotFoundError as error:
         is_ours = error.name.startswith("envs.")
         missing = f"{error.name.replace('.', '/')}.py" if is_ours else f"pip install {error.name}"
+        if MODULES[family] in ("d4rl", "ogbench") and not is_ours:
+            missing = "Python 3.11, or on a later one the line in docs/environments.md#python-versions"
         raise InputError(f"--env-id {env_id}: {error}; expected {missing}") from error
 
 

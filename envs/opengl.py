@@ -14,6 +14,9 @@ import warnings
 from common import InputError
 from envs.files import one_line
 
+with contextlib.suppress(ImportError):  # comes with torch for CUDA; it crashes where Mesa was loaded first
+    import triton  # noqa: F401
+
 LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}  # kind: the library that it needs; glfw comes with its package
 SIZE = 256  # pixels of the context
 
