@@ -944,6 +944,7 @@ class RunArgs:
     """The flags that every run has; a script's `Args` adds those of the method and of its policy."""
 
     env_id: str = "pointmaze-umaze-play"  # also antmaze-*-v2, kitchen-*-v0, metaworld-*, minari:*, any gymnasium id
+    preset: str = ""  # flags to start from, of PRESETS; default: those of the family of --env-id
     dataset_path: str | None = None  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
     seed: int = 0  # of everything random but the embedded data; numpy's and Python's global generators get it too
@@ -1017,7 +1018,7 @@ def check_flag(args, name, least, most=math.inf):
 
 
 def main(train, args_class, presets, description):
-    """Parse the command line and train. A flag given wins over the run's that is resumed, or the family's preset.
+    """Parse the command line and train. A flag given wins over the run's that is resumed, or the preset's.
 
     The same command again, with the --run-dir of a run that was stopped, goes on with it.
     """
@@ -1041,20 +1042,33 @@ def parse(command, args_class, presets, description):
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env-id", "--env_id", default=args_class.env_id)
+    first.add_argument("--preset")
     first.add_argument("--resume", default="")
     first.add_argument("--online-steps", "--online_steps")
     first.add_argument("--online-episodes", "--online_episodes")
     given, _ = first.parse_known_args(command)
     if given.resume:
         defaults = resumed_flags(given.resume, args_class)
+        if given.preset not in (None, defaults["preset"]):
+            raise InputError(f"--preset {given.preset} with --resume: expected none; a run goes on with its own flags")
     else:
-        defaults = {"env_id": given.env_id, **presets.get(family(given.env_id), {})}
+        defaults = {"env_id": given.env_id} | preset_flags(given.preset or family(given.env_id), presets, args_class)
     if given.online_steps or given.online_episodes:  # one that is given replaces the preset's other
         defaults |= {"online_steps": None, "online_episodes": None}
     args = tyro.cli(args_class, args=command, default=args_class(**defaults), description=description)
     if args.dataset_path:
         args.dataset_path = str(Path(args.dataset_path).expanduser().resolve())  # so that --resume works anywhere
     return args
+
+
+def preset_flags(name, presets, args_class):
+    """Of the preset `name` what args_class has: presets name flags of several policies. Raises InputError."""
+    if name not in presets:
+        if name in ("", *FAMILIES.values()):  # not given; a family without one
+            return {}
+        raise InputError(f"--preset {name}: expected one of {', '.join(presets) or 'none'}")
+    names = {field.name for field in dataclasses.fields(args_class)}
+    return {"preset": name} | {flag: value for flag, value in presets[name].items() if flag in names}
 
 
 def check_same_flags(args, before):

@@ -89,6 +89,7 @@ class Args(common.RunArgs):
     num_keep: int = 10  # of which the critic keeps the best (M)
     num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
     action_lr: float = 3e-4  # their step size (alpha)
+    act_medoid: bool = False  # act with the one of the M kept that is nearest to the others, not with the best
     sample_cache_gb: float = 1.0  # memory for samples of the frozen policy; 0: drawn anew each time, as released
     # online fine-tuning
     policy_utd: int = 1  # distillation steps per environment step
@@ -339,9 +340,20 @@ def choose(actions, q, sample=False):
     return actions[torch.arange(len(q), device=q.device), q.argmax(1)]
 
 
+def choose_acting(actions, q, args):
+    """The one of M actions that acts: the best, or with --act-medoid the one nearest to the others -> (B, A).
+
+    Q tells good from bad before it tells good from best: of noisy samples the best valued one is often an error of Q.
+    NOTE(differs): with --act-medoid the middle of the M acts (released: the best).
+    """
+    if args.act_medoid:
+        q = -torch.cdist(actions, actions).sum(2)  # (B, M): minus the distances to the others; equal where M = 2
+    return choose(actions, q)
+
+
 def act(policy, critic, obs, args, seeds=None):
     """The action PA-RL takes: the best optimised one, obs (B, O) -> (B, A). Without a critic: policy.sample(obs, 1)."""
-    return choose(*optimize_actions(critic, obs, policy.sample(obs, args.num_samples, seeds), args))
+    return choose_acting(*optimize_actions(critic, obs, policy.sample(obs, args.num_samples, seeds), args), args)
 
 
 @torch.no_grad()

@@ -246,6 +246,10 @@ def describe(data, episodes, raw_rewards, discount, sparse, path):
         f"{num_steps / len(episodes):.1f} steps, {success.mean():.0%} successful, mean return "
         f"{mean_return:.4g}"
     )
+    low, *others = np.unique(raw_rewards)
+    if not sparse and len(others) == 1:
+        flags = f"--sparse-reward --reward-bias {0 - others[0]:g}"
+        print(f"dataset {path}: two rewards, {low:g} and {others[0]:g}; where {others[0]:g} is success, pass {flags}")
     if 2 * len(episodes) > num_steps:
         warn_of_breaks(data, sparse, path)
     length = np.median((stops - starts)[success]) if success.any() else 0

@@ -41,14 +41,15 @@ def test_interface(script):
     assert list(inspect.signature(module.critic_loss).parameters) == [
         "critic", "target_critic", "batch", "args", "random_actions", "td_members", "cql_members"
     ]  # fmt: skip
-    for family, preset in module.PRESETS.items():
-        args = module.Args(**preset)
+    for name, preset in module.PRESETS.items():
+        args = module.Args(**common.preset_flags(name, module.PRESETS, module.Args))
         common.check_flags(args)
         if script == "parl_openvla":
             module.check(args)
         else:
             getattr(module, POLICIES[script])(4, 2, args)  # a policy checks its own flags
-        assert set(preset) <= set(vars(module.Args())), family
+        scripts = PARALLEL if script in PARALLEL else [script]  # a preset names flags of several policies
+        assert set(preset) <= set().union(*(vars(importlib.import_module(other).Args()) for other in scripts)), name
 
 
 def test_sections_stand_in_order(script):

@@ -1,6 +1,7 @@
 """Values, orders and choices that a run does not fail on when they are wrong: each test kills a mutant that lived."""
 
 import importlib
+import json
 import math
 
 import gymnasium as gym
@@ -62,6 +63,51 @@ def test_defaults_are_the_papers_and_presets_are_what_was_measured(script):
     for name, value in (PAPER | OF_POLICY[script]).items():
         assert args[name] == value, name
     assert module.PRESETS == PRESETS
+
+
+def parsed(script, *command):
+    module = importlib.import_module(script)
+    return common.parse([*map(str, command)], module.Args, module.PRESETS, "")
+
+
+@pytest.mark.parametrize("script", PARALLEL)
+def test_a_preset_by_name(script):
+    """Of another family, for an environment that has none; a flag that is given wins, in any order."""
+    plain, named = (
+        parsed(script, "--env-id", "Pendulum-v1"),
+        parsed(script, "--env-id", "Pendulum-v1", "--preset=small"),
+    )
+    assert (plain.preset, plain.num_samples, plain.hidden_dims) == ("", 32, (256, 256))
+    assert named.env_id == "Pendulum-v1" and named.preset == "small"
+    for name, value in PRESETS["small"].items():
+        assert getattr(named, name, value) == value
+    assert parsed(script, "--num-keep", 2, "--preset", "small").num_keep == 2
+    maze = parsed(script, "--env-id", "pointmaze-medium-play")
+    assert (maze.preset, maze.discount, maze.sparse_reward) == ("pointmaze", 0.98, True)
+    other = parsed(script, "--env-id", "pointmaze-medium-play", "--preset", "metaworld")  # replaces the family's
+    assert (other.preset, other.discount) == ("metaworld", 0.99)
+
+
+def test_a_preset_that_is_not_there():
+    with pytest.raises(common.InputError, match=r"^--preset large: expected one of pointmaze, .*small"):
+        parsed("parl_gaussian", "--preset", "large")
+    with pytest.raises(common.InputError, match=r"^--preset small: expected one of none$"):
+        common.parse(["--preset", "small"], parl_gaussian.Args, {}, "")
+
+
+def test_a_preset_gives_a_policy_what_it_has():
+    """A flag of another policy is left out; one that no script has is a mistake that test_interface finds."""
+    presets = {"both": dict(num_keep=2, diffusion_steps=7)}
+    assert common.preset_flags("both", presets, parl_gaussian.Args) == dict(preset="both", num_keep=2)
+    assert common.preset_flags("both", presets, parl_diffusion.Args)["diffusion_steps"] == 7
+
+
+def test_a_run_goes_on_with_its_own_flags_not_a_presets(tmp_path):
+    args = dict(vars(parl_gaussian.Args(env_id="Pendulum-v1", num_keep=2)))
+    (tmp_path / "config.json").write_text(json.dumps(args))
+    assert parsed("parl_gaussian", "--resume", tmp_path).num_keep == 2
+    with pytest.raises(common.InputError, match=r"^--preset small with --resume: expected none"):
+        parsed("parl_gaussian", "--resume", tmp_path, "--preset", "small")
 
 
 def little(**changes):

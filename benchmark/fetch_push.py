@@ -1,0 +1,61 @@
+"""Demonstrations of a pushing task of gymnasium-robotics, from a short scripted expert that is noisy and misjudges.
+
+python benchmark/fetch_push.py        # writes benchmark/fetch_push.npz, in half a minute
+python parl_diffusion.py --preset small --env-id gymnasium_robotics:FetchPush-v4 --dataset-path benchmark/fetch_push.npz
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import envs
+
+ENV_ID = "gymnasium_robotics:FetchPush-v4"  # 50 steps, each costs 1 while the block is 5 cm or more from the goal
+NOISE, MISJUDGED = 0.25, 0.04  # of the actions, standard deviation per step; of the goal per axis, in metres
+
+
+def expert(obs, misjudged):
+    """The action (4,) of a pusher: behind the block, down to the table, straight on. obs (31,): where the block is and
+    is to be, then the gripper; misjudged (2,): how far it sees the goal from where it is, in metres."""
+    block, goal, gripper = obs[0:3], obs[3:6], obs[6:9]
+    way = goal[:2] + misjudged - block[:2]
+    distance = np.linalg.norm(way)
+    heading = way / max(distance, 1e-6)
+    behind = block[:2] - 0.08 * heading
+    ahead = (gripper[:2] - block[:2]) @ heading
+    aside = gripper[:2] - block[:2] - ahead * heading
+    if distance < 0.01:
+        target = gripper
+    elif ahead < -0.03 and np.linalg.norm(aside) < 0.02 and gripper[2] < block[2] + 0.025:
+        target = np.append(gripper[:2] + min(0.03, distance) * heading - 0.5 * aside, block[2])  # push
+    elif np.linalg.norm(gripper[:2] - behind) < 0.02:
+        target = np.append(behind, block[2])  # down
+    elif gripper[2] < block[2] + 0.05:
+        target = np.append(gripper[:2], block[2] + 0.08)  # up
+    else:
+        target = np.append(behind, block[2] + 0.08)  # over
+    return np.append(np.clip((target - gripper) / 0.05, -1, 1), 0.0)
+
+
+def demonstrations(num_episodes, seed=0):
+    env, rng, rows = envs.make(ENV_ID), np.random.default_rng(seed), []
+    for episode in range(num_episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        misjudged, sway, truncated = MISJUDGED * rng.standard_normal(2), np.zeros(4), False
+        while not truncated:
+            sway = 0.7 * sway + NOISE * rng.standard_normal(4) * (1, 1, 1, 0.3)
+            action = np.clip(expert(obs, misjudged) + sway, -1, 1).astype(np.float32)
+            following, reward, terminated, truncated, _ = env.step(action)
+            rows.append((obs, action, reward, terminated, truncated, following))
+            obs = following
+    names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+    return {name: np.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+if __name__ == "__main__":
+    data = demonstrations(600)
+    np.savez_compressed(Path(__file__).with_suffix(".npz"), **data)
+    successful = (data["rewards"].reshape(-1, 50) == 0).any(1).mean()
+    print(f"{len(data['rewards'])} transitions, {successful:.0%} of the episodes reach the goal")
