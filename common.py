@@ -945,6 +945,7 @@ class RunArgs:
 
     env_id: str = "pointmaze-umaze-play"  # also antmaze-*-v2, kitchen-*-v0, metaworld-*, minari:*, any gymnasium id
     dataset_path: str | None = None  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts
+    obs_keys: tuple[str, ...] = ()  # of a --dataset-path in robomimic's layout: which obs, end to end in this order
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
     seed: int = 0  # of everything random but the embedded data; numpy's and Python's global generators get it too
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
@@ -1007,6 +1008,8 @@ def check_flags(args):
         raise InputError("--eval-only: expected --resume RUN, the run to evaluate")
     if args.dataset_path == "":
         raise InputError("--dataset-path: empty; expected a file, .hdf5 or .npz")
+    if args.obs_keys and args.dataset_path is None:
+        raise InputError(f"--obs-keys {' '.join(args.obs_keys)}: expected --dataset-path FILE, in robomimic's layout")
 
 
 def check_flag(args, name, least, most=math.inf):

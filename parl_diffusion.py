@@ -691,7 +691,7 @@ def set_up(args):
     env, (obs_dim,), (act_dim,) = eval_envs[0], eval_envs[0].observation_space.shape, eval_envs[0].action_space.shape
     if (args.bc_steps or args.offline_ratio) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
+        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env, args.obs_keys)
     else:
         dataset = common.ReplayBuffer(obs_dim, act_dim)
         args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # no data, no offline RL

@@ -21,7 +21,7 @@ from PIL import Image
 
 import common
 from common import InputError, ReplayBuffer
-from envs import files, opengl
+from envs import files, opengl, robomimic
 from envs.files import one_line
 
 MODULES = {  # common.family(env_id): module of this folder
@@ -175,11 +175,14 @@ class ImageObservation(gym.Wrapper):
 # ======================================== DATASETS ========================================
 
 
-def load_dataset(env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False, env=None):
+def load_dataset(
+    env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False, env=None, obs_keys=()
+):
     """The dataset of `env_id` as a ReplayBuffer of rewards * scale + bias; its `sha256` is the file's.
 
     sparse: an episode is split where the scaled reward reaches 0, which is success; what follows is another. env: that
-    of `make`, else made here; where it observes images, so does the dataset. What a file holds: see envs/files.py.
+    of `make`, else made here; where it observes images, so does the dataset. What a file holds: see envs/files.py, or
+    with obs_keys envs/robomimic.py.
     Prints what was loaded. Raises InputError naming file, key and bad index.
     """
     env = env or make(env_id)
@@ -188,7 +191,7 @@ def load_dataset(env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, d
     path = dataset_file(env_id, dataset_path, image_size=shape[0] if is_image else 0)
     module = family_module(env_id)
     try:
-        data = module.read_dataset(env_id, path) if module else files.read_dataset(path)
+        data = read_dataset(env_id, path, obs_keys)
         files.check_dataset(data, path, shape, low, high)
     except InputError as error:
         made = path.parent == files.cache_folder()
@@ -208,6 +211,19 @@ def load_dataset(env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, d
         raise InputError(f"dataset {path}: no transition has a next observation; expected at least 1")
     files.describe(data, episodes, raw_rewards, discount, sparse, path)
     return buffer
+
+
+def read_dataset(env_id, path, obs_keys):
+    """The arrays of envs/files.py from a file in robomimic's layout, else in the family's or a plain one's. Raises
+    InputError."""
+    if robomimic.has_layout(path):
+        return robomimic.read_dataset(path, obs_keys)
+    module = family_module(env_id)
+    data = module.read_dataset(env_id, path) if module else files.read_dataset(path)
+    if obs_keys:
+        expected = "expected it only with data/demo_N/obs/KEY in an HDF5 file, robomimic's layout"
+        raise InputError(f"--obs-keys {' '.join(obs_keys)}: dataset {path} has observations in one array; {expected}")
+    return data
 
 
 def dataset_file(env_id, dataset_path=None, image_size=0):
