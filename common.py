@@ -39,6 +39,9 @@ class InputError(ValueError):
     """The user asked for what cannot be done; the message names the flag or file and says what was expected."""
 
 
+MADE = "made"  # as --dataset-path: data that are made here, in place of another project's
+
+
 # ======================================== THE PROCESS ========================================
 
 
@@ -173,11 +176,12 @@ class ReplayBuffer:
     after its own, so that obs and next_obs are stored once. Arrays double when full.
 
     obs_dim: O; or the shape of images, (height, width, 3), with dtype np.uint8. What follows says (O,) for either.
-    `sha256`: of the file that the episodes are from, None where they are from none.
+    `sha256`: of the file that the episodes are from, None where they are from none. `note`: what whoever reads results
+    has to know of it.
     """
 
     def __init__(self, obs_dim, act_dim, dtype=np.float32):
-        self.num_states, self.num_transitions, self.sha256 = 0, 0, None
+        self.num_states, self.num_transitions, self.sha256, self.note = 0, 0, None, ""
         self.states = np.zeros((1024, *np.atleast_1d(obs_dim)), dtype)
         self.actions = np.zeros((1024, act_dim), np.float32)
         self.rewards, self.masks, self.mc_returns = (np.zeros(1024, np.float32) for _ in range(3))
@@ -539,11 +543,12 @@ COLUMNS = """
 class Log:
     """metrics.csv of a run, with --track Weights & Biases as well, and the pictures and tables made from it.
 
+    note: of the dataset, see ReplayBuffer; above the last table.
     `add` collects named numbers, `write` makes a row of their means. A name that is not in COLUMNS gets a column.
     """
 
-    def __init__(self, directory, args, counters):
-        self.directory, self.args, self.counters = directory, args, counters
+    def __init__(self, directory, args, counters, note=""):
+        self.directory, self.args, self.counters, self.note = directory, args, counters, note
         self.columns, self.num_rows, self.wandb, self.wandb_id = list(COLUMNS), 0, None, uuid.uuid4().hex
         self.sums, self.counts = {}, {}
         self.begin_lap()
@@ -630,6 +635,8 @@ class Log:
         """Draw curves.png, print the phases, close wandb."""
         rows = read_metrics(self.directory / "metrics.csv")
         replace_file(self.directory / "curves.png", lambda file: plot_curves(rows).savefig(file, dpi=120))
+        if self.note:
+            print(self.note)
         print(f"{'phase':<10}{'policy':<12}{'success':>8}{'steps to goal':>15}{'minutes':>9}")
         for phase, row in {row["phase"]: row for row in rows if "eval/policy_success_rate" in row}.items():
             for name, prefix in (("raw", "eval/policy_"), ("optimised", "eval/")):
@@ -894,7 +901,7 @@ def open_run(args, script, generator, dataset, kept):
     if not args.eval_only:  # which needs no data
         identity["dataset_sha256"] = dataset.sha256
     directory, counters = run_directory(args, script), Counters(args)
-    log = Log(directory, args, counters)
+    log = Log(directory, args, counters, dataset.note)
     checkpoint = Checkpoint(directory, args, identity, generator, counters=counters, log=log, **kept)
     if args.resume:
         checkpoint.resume()
@@ -927,6 +934,7 @@ def begin(run, args):
         command = read_config(directory).get("command", command)  # that of its start
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
     config = {**vars(args), **checkpoint.identity, "python": sys.version.split()[0], **versions, "command": command}
+    config |= {"dataset_note": run.log.note} if run.log.note else {}
     flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items())
     print(textwrap.fill(flags, 118, break_on_hyphens=False), flush=True)
     if args.resume:
@@ -944,7 +952,7 @@ class RunArgs:
     """The flags that every run has; a script's `Args` adds those of the method and of its policy."""
 
     env_id: str = "pointmaze-umaze-play"  # also antmaze-*-v2, kitchen-*-v0, metaworld-*, minari:*, any gymnasium id
-    dataset_path: str | None = None  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts
+    dataset_path: str | None = None  # .hdf5 or .npz, see docs/environments.md; made: for some OGBench ids, made here
     obs_keys: tuple[str, ...] = ()  # of a --dataset-path in robomimic's layout: which obs, end to end in this order
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
     seed: int = 0  # of everything random but the embedded data; numpy's and Python's global generators get it too
@@ -1055,7 +1063,7 @@ def parse(command, args_class, presets, description):
     if given.online_steps or given.online_episodes:  # one that is given replaces the preset's other
         defaults |= {"online_steps": None, "online_episodes": None}
     args = tyro.cli(args_class, args=command, default=args_class(**defaults), description=description)
-    if args.dataset_path:
+    if args.dataset_path and args.dataset_path != MADE:
         args.dataset_path = str(Path(args.dataset_path).expanduser().resolve())  # so that --resume works anywhere
     return args
 
