@@ -977,6 +977,8 @@ FAMILIES = {  # --env-id: the key of its family in a script's PRESETS
     "kitchen-*-v0": "kitchen",
     "metaworld-*": "metaworld",
     "*-singletask*": "ogbench",
+    "minari:D4RL/*maze/*-dense-*": "minari",
+    "minari:D4RL/*maze/*": "minari_maze",
     "minari:*": "minari",
 }
 

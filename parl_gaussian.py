@@ -120,6 +120,7 @@ PRESETS = {
         hidden_dims=(128, 128), target_rate=0.02, cql_weight=0.1, width=64,
     ),
     "antmaze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
+    "minari_maze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
     # NOTE(differs): kitchen's values reach down to -400, what its rewards can add up to (released: -100).
     "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),  # pays 0 to 4 per step
     "metaworld": SMALL | dict(

@@ -31,6 +31,7 @@ MODULES = {  # common.family(env_id): module of this folder
     "metaworld": "metaworld",
     "ogbench": "ogbench",
     "minari": "minari",
+    "minari_maze": "minari",
 }
 
 
