@@ -438,7 +438,8 @@ class Counters:
 
     def steps(self, phase, num_steps):
         """The indices of the gradient steps of `phase` that are left, with a progress bar."""
-        with Progress(phase, self.done[phase], num_steps) as progress:
+        then = self.then_online if phase == "offline" else lambda seconds: ""
+        with Progress(phase, "updates", self.done[phase], num_steps, then) as progress:
             while self.done[phase] < num_steps:
                 self.phase, self.before = phase, self.done[phase]
                 self.done[phase], self.gradient_step = self.before + 1, self.gradient_step + 1
@@ -449,11 +450,24 @@ class Counters:
     def episodes(self):
         """The online episodes that are left, as seeds for their resets. The loop's body collects one, unless it was
         `collected` before the run was stopped, and ends with `end_episode`."""
-        with Progress("online", self.env_step, self.args.online_steps) as progress:
+        in_episodes = self.args.online_steps is None
+        limit = ("episodes", self.episode, self.args.online_episodes)
+        limit = limit if in_episodes else ("environment steps", self.env_step, self.args.online_steps)
+        with Progress("online", *limit) as progress:
             while self.collected or not self.is_enough():
                 self.phase, self.before = "online", self.done["online"]
                 yield reset_seed(self.args.seed, 3, self.episode)
-                progress.reach(self.env_step)
+                progress.reach(self.episode if in_episodes else self.env_step)
+
+    def then_online(self, seconds):
+        """What the seconds of an offline update tell of the online phase: there the critic's take no less, for samples
+        are drawn anew, and it acts and distils besides."""
+        steps = self.args.online_steps
+        if steps == 0 or self.args.online_episodes == 0:
+            return ""
+        number = "each 1000" if steps is None else steps
+        minutes = in_words(seconds * self.args.critic_utd * (1000 if steps is None else steps))
+        return f"; then online at least {minutes} for {number} environment steps"
 
     def is_enough(self):
         limits = ((self.env_step, self.args.online_steps), (self.episode, self.args.online_episodes))
@@ -488,18 +502,19 @@ class Counters:
 
 
 class Progress:
-    """A progress bar where there is a terminal, else a line every three minutes; soon after its start, what is left.
+    """A progress bar where there is a terminal, else a line every three minutes. Soon after its start it says how long
+    the rest will take: after 20 updates, of which the first, which may compile, is not timed; after an online episode.
 
-    total: None where it is not known.
+    then(seconds): what one of its steps, of so many seconds, tells of what comes after.
     """
 
-    def __init__(self, name, initial, total):
+    def __init__(self, name, unit, initial, total, then=lambda seconds: ""):
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, initial=initial, desc=name, disable=None)
-        self.name, self.initial, self.total = name, initial, total
-        self.began = self.last_line = time.perf_counter()
-        self.has_estimate = total is None
+        self.bar = tqdm(total=total, initial=initial, desc=name, unit=unit, disable=None)
+        self.name, self.unit, self.initial, self.total, self.then = name, unit, initial, total, then
+        self.last_line, self.has_estimate = time.perf_counter(), False
+        self.began = None if unit == "updates" else self.last_line
 
     def __enter__(self):
         return self
@@ -509,16 +524,24 @@ class Progress:
 
     def reach(self, number):
         self.bar.update(number - self.bar.n if not self.bar.disable else 0)
-        now, done = time.perf_counter(), number - self.initial
-        if not self.has_estimate and done >= 20:
-            minutes = (now - self.began) / done * (self.total - number) / 60
-            if minutes > 1:
-                steps = f"{self.total - number} more steps"
-                print_past_bars(f"{self.name}: about {minutes:.0f} minutes for {steps}, without evaluations")
+        now = time.perf_counter()
+        if self.began is None:
+            self.began, self.initial = now, number
+        elif not self.has_estimate and (self.unit != "updates" or number - self.initial >= 19):
+            seconds, left = (now - self.began) / (number - self.initial), self.total - number
+            if seconds * left > 60:
+                rest = f"about {in_words(seconds * left)} for {left} more {self.unit}{self.then(seconds)}"
+                print_past_bars(f"{self.name}: {rest}; without evaluations")
             self.has_estimate = True
         if self.bar.disable and now - self.last_line > 180:
-            print(f"{self.name}: {number} of {self.total or 'unknown'} steps", flush=True)
+            print(f"{self.name}: {number} of {self.total} {self.unit}", flush=True)
             self.last_line = now
+
+
+def in_words(seconds):
+    """A duration in minutes, or from two hours on in hours."""
+    number, unit = (seconds / 60, "minutes") if seconds < 7200 else (seconds / 3600, "hours")
+    return f"{number:.{int(number < 10)}f} {unit}"
 
 
 def episode_columns(episode):
