@@ -39,6 +39,9 @@ class InputError(ValueError):
     """The user asked for what cannot be done; the message names the flag or file and says what was expected."""
 
 
+MADE = "made"  # as --dataset-path: data that are made here, in place of another project's
+
+
 # ======================================== THE PROCESS ========================================
 
 
@@ -173,11 +176,12 @@ class ReplayBuffer:
     after its own, so that obs and next_obs are stored once. Arrays double when full.
 
     obs_dim: O; or the shape of images, (height, width, 3), with dtype np.uint8. What follows says (O,) for either.
-    `sha256`: of the file that the episodes are from, None where they are from none.
+    `sha256`: of the file that the episodes are from, None where they are from none. `note`: what whoever reads results
+    has to know of it.
     """
 
     def __init__(self, obs_dim, act_dim, dtype=np.float32):
-        self.num_states, self.num_transitions, self.sha256 = 0, 0, None
+        self.num_states, self.num_transitions, self.sha256, self.note = 0, 0, None, ""
         self.states = np.zeros((1024, *np.atleast_1d(obs_dim)), dtype)
         self.actions = np.zeros((1024, act_dim), np.float32)
         self.rewards, self.masks, self.mc_returns = (np.zeros(1024, np.float32) for _ in range(3))
@@ -434,7 +438,8 @@ class Counters:
 
     def steps(self, phase, num_steps):
         """The indices of the gradient steps of `phase` that are left, with a progress bar."""
-        with Progress(phase, self.done[phase], num_steps) as progress:
+        then = self.then_online if phase == "offline" else lambda seconds: ""
+        with Progress(phase, "updates", self.done[phase], num_steps, then) as progress:
             while self.done[phase] < num_steps:
                 self.phase, self.before = phase, self.done[phase]
                 self.done[phase], self.gradient_step = self.before + 1, self.gradient_step + 1
@@ -445,11 +450,24 @@ class Counters:
     def episodes(self):
         """The online episodes that are left, as seeds for their resets. The loop's body collects one, unless it was
         `collected` before the run was stopped, and ends with `end_episode`."""
-        with Progress("online", self.env_step, self.args.online_steps) as progress:
+        in_episodes = self.args.online_steps is None
+        limit = ("episodes", self.episode, self.args.online_episodes)
+        limit = limit if in_episodes else ("environment steps", self.env_step, self.args.online_steps)
+        with Progress("online", *limit) as progress:
             while self.collected or not self.is_enough():
                 self.phase, self.before = "online", self.done["online"]
                 yield reset_seed(self.args.seed, 3, self.episode)
-                progress.reach(self.env_step)
+                progress.reach(self.episode if in_episodes else self.env_step)
+
+    def then_online(self, seconds):
+        """What the seconds of an offline update tell of the online phase: there the critic's take no less, for samples
+        are drawn anew, and it acts and distils besides."""
+        steps = self.args.online_steps
+        if steps == 0 or self.args.online_episodes == 0:
+            return ""
+        number = "each 1000" if steps is None else steps
+        minutes = in_words(seconds * self.args.critic_utd * (1000 if steps is None else steps))
+        return f"; then online at least {minutes} for {number} environment steps"
 
     def is_enough(self):
         limits = ((self.env_step, self.args.online_steps), (self.episode, self.args.online_episodes))
@@ -484,18 +502,19 @@ class Counters:
 
 
 class Progress:
-    """A progress bar where there is a terminal, else a line every three minutes; soon after its start, what is left.
+    """A progress bar where there is a terminal, else a line every three minutes. Soon after its start it says how long
+    the rest will take: after 20 updates, of which the first, which may compile, is not timed; after an online episode.
 
-    total: None where it is not known.
+    then(seconds): what one of its steps, of so many seconds, tells of what comes after.
     """
 
-    def __init__(self, name, initial, total):
+    def __init__(self, name, unit, initial, total, then=lambda seconds: ""):
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, initial=initial, desc=name, disable=None)
-        self.name, self.initial, self.total = name, initial, total
-        self.began = self.last_line = time.perf_counter()
-        self.has_estimate = total is None
+        self.bar = tqdm(total=total, initial=initial, desc=name, unit=unit, disable=None)
+        self.name, self.unit, self.initial, self.total, self.then = name, unit, initial, total, then
+        self.last_line, self.has_estimate = time.perf_counter(), False
+        self.began = None if unit == "updates" else self.last_line
 
     def __enter__(self):
         return self
@@ -505,16 +524,24 @@ class Progress:
 
     def reach(self, number):
         self.bar.update(number - self.bar.n if not self.bar.disable else 0)
-        now, done = time.perf_counter(), number - self.initial
-        if not self.has_estimate and done >= 20:
-            minutes = (now - self.began) / done * (self.total - number) / 60
-            if minutes > 1:
-                steps = f"{self.total - number} more steps"
-                print_past_bars(f"{self.name}: about {minutes:.0f} minutes for {steps}, without evaluations")
+        now = time.perf_counter()
+        if self.began is None:
+            self.began, self.initial = now, number
+        elif not self.has_estimate and (self.unit != "updates" or number - self.initial >= 19):
+            seconds, left = (now - self.began) / (number - self.initial), self.total - number
+            if seconds * left > 60:
+                rest = f"about {in_words(seconds * left)} for {left} more {self.unit}{self.then(seconds)}"
+                print_past_bars(f"{self.name}: {rest}; without evaluations")
             self.has_estimate = True
         if self.bar.disable and now - self.last_line > 180:
-            print(f"{self.name}: {number} of {self.total or 'unknown'} steps", flush=True)
+            print(f"{self.name}: {number} of {self.total} {self.unit}", flush=True)
             self.last_line = now
+
+
+def in_words(seconds):
+    """A duration in minutes, or from two hours on in hours."""
+    number, unit = (seconds / 60, "minutes") if seconds < 7200 else (seconds / 3600, "hours")
+    return f"{number:.{int(number < 10)}f} {unit}"
 
 
 def episode_columns(episode):
@@ -539,11 +566,12 @@ COLUMNS = """
 class Log:
     """metrics.csv of a run, with --track Weights & Biases as well, and the pictures and tables made from it.
 
+    note: of the dataset, see ReplayBuffer; above the last table.
     `add` collects named numbers, `write` makes a row of their means. A name that is not in COLUMNS gets a column.
     """
 
-    def __init__(self, directory, args, counters):
-        self.directory, self.args, self.counters = directory, args, counters
+    def __init__(self, directory, args, counters, note=""):
+        self.directory, self.args, self.counters, self.note = directory, args, counters, note
         self.columns, self.num_rows, self.wandb, self.wandb_id = list(COLUMNS), 0, None, uuid.uuid4().hex
         self.sums, self.counts = {}, {}
         self.begin_lap()
@@ -630,6 +658,8 @@ class Log:
         """Draw curves.png, print the phases, close wandb."""
         rows = read_metrics(self.directory / "metrics.csv")
         replace_file(self.directory / "curves.png", lambda file: plot_curves(rows).savefig(file, dpi=120))
+        if self.note:
+            print(self.note)
         print(f"{'phase':<10}{'policy':<12}{'success':>8}{'steps to goal':>15}{'minutes':>9}")
         for phase, row in {row["phase"]: row for row in rows if "eval/policy_success_rate" in row}.items():
             for name, prefix in (("raw", "eval/policy_"), ("optimised", "eval/")):
@@ -894,7 +924,7 @@ def open_run(args, script, generator, dataset, kept):
     if not args.eval_only:  # which needs no data
         identity["dataset_sha256"] = dataset.sha256
     directory, counters = run_directory(args, script), Counters(args)
-    log = Log(directory, args, counters)
+    log = Log(directory, args, counters, dataset.note)
     checkpoint = Checkpoint(directory, args, identity, generator, counters=counters, log=log, **kept)
     if args.resume:
         checkpoint.resume()
@@ -927,6 +957,7 @@ def begin(run, args):
         command = read_config(directory).get("command", command)  # that of its start
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
     config = {**vars(args), **checkpoint.identity, "python": sys.version.split()[0], **versions, "command": command}
+    config |= {"dataset_note": run.log.note} if run.log.note else {}
     flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items())
     print(textwrap.fill(flags, 118, break_on_hyphens=False), flush=True)
     if args.resume:
@@ -945,7 +976,8 @@ class RunArgs:
 
     env_id: str = "pointmaze-umaze-play"  # also antmaze-*-v2, kitchen-*-v0, metaworld-*, minari:*, any gymnasium id
     preset: str = ""  # flags to start from, of PRESETS; default: those of the family of --env-id
-    dataset_path: str | None = None  # .hdf5 or .npz: observations, actions, rewards, terminals, timeouts
+    dataset_path: str | None = None  # .hdf5 or .npz, see docs/environments.md; made: for some OGBench ids, made here
+    obs_keys: tuple[str, ...] = ()  # of a --dataset-path in robomimic's layout: which obs, end to end in this order
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
     seed: int = 0  # of everything random but the embedded data; numpy's and Python's global generators get it too
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
@@ -969,6 +1001,8 @@ FAMILIES = {  # --env-id: the key of its family in a script's PRESETS
     "kitchen-*-v0": "kitchen",
     "metaworld-*": "metaworld",
     "*-singletask*": "ogbench",
+    "minari:D4RL/*maze/*-dense-*": "minari",
+    "minari:D4RL/*maze/*": "minari_maze",
     "minari:*": "minari",
 }
 
@@ -1008,6 +1042,8 @@ def check_flags(args):
         raise InputError("--eval-only: expected --resume RUN, the run to evaluate")
     if args.dataset_path == "":
         raise InputError("--dataset-path: empty; expected a file, .hdf5 or .npz")
+    if args.obs_keys and args.dataset_path is None:
+        raise InputError(f"--obs-keys {' '.join(args.obs_keys)}: expected --dataset-path FILE, in robomimic's layout")
 
 
 def check_flag(args, name, least, most=math.inf):
@@ -1056,7 +1092,7 @@ def parse(command, args_class, presets, description):
     if given.online_steps or given.online_episodes:  # one that is given replaces the preset's other
         defaults |= {"online_steps": None, "online_episodes": None}
     args = tyro.cli(args_class, args=command, default=args_class(**defaults), description=description)
-    if args.dataset_path:
+    if args.dataset_path and args.dataset_path != MADE:
         args.dataset_path = str(Path(args.dataset_path).expanduser().resolve())  # so that --resume works anywhere
     return args
 

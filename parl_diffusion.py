@@ -125,6 +125,7 @@ PRESETS = {
         hidden_dims=(128, 128), target_rate=0.02, cql_weight=0.1, width=64,
     ),
     "antmaze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
+    "minari_maze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
     # NOTE(differs): kitchen's values reach down to -400, what its rewards can add up to (released: -100).
     "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),  # pays 0 to 4 per step
     "metaworld": SMALL | dict(
@@ -703,7 +704,7 @@ def set_up(args):
     env, (obs_dim,), (act_dim,) = eval_envs[0], eval_envs[0].observation_space.shape, eval_envs[0].action_space.shape
     if (args.bc_steps or args.offline_ratio) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
+        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env, args.obs_keys)
     else:
         dataset = common.ReplayBuffer(obs_dim, act_dim)
         args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # no data, no offline RL

@@ -1286,7 +1286,7 @@ def learn(args, eval_envs, device, generator):
     dataset = common.ReplayBuffer((image_size, image_size, 3), act_dim, np.uint8)
     if (args.bc_steps or args.offline_ratio) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
-        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env)
+        dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env, args.obs_keys)
     elif not args.warmup_episodes:
         args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # nothing to learn from yet
     if args.checkpoint:

@@ -42,7 +42,8 @@ PHASES = {"start": "start", "bc": "cloning", "offline": "offline RL", "distill":
 NOT_LEARNING = {  # in what the runs of a group may differ
     *("seed", "device", "num_threads", "compile", "log_every", "eval_only", "capture_video"),
     *("track", "wandb_project", "wandb_entity", "python", "torch", "numpy", "gymnasium"),
-    *("run_dir", "resume", "command", "dataset_path"),  # a dataset is known by its dataset_sha256, wherever it lies
+    *("run_dir", "resume", "command"),
+    *("dataset_path", "dataset_note"),  # a dataset is known by its dataset_sha256, wherever it lies
 }
 TASK = ("env_id", "policy_class")  # presets follow from these, so other flags name a group only within the same ones
 
@@ -309,6 +310,8 @@ def document(groups, summary):
         parts += ["## In what they differ beside their names", markdown(["", *(f"`{name}`" for name in others)], rows)]
     for group in groups:
         parts += [f"## {group.name}"]
+        notes = {run.config.get("dataset_note") for run in group.runs.values()}
+        parts += [f"Note: {note}." for note in notes if note]
         if rows := [row for row in summary if row["group"] == group.name]:
             parts += [group_table(rows)]
         for run in group.runs.values():

@@ -21,7 +21,7 @@ from PIL import Image
 
 import common
 from common import InputError, ReplayBuffer
-from envs import files, opengl
+from envs import files, opengl, robomimic
 from envs.files import one_line
 
 MODULES = {  # common.family(env_id): module of this folder
@@ -31,6 +31,7 @@ MODULES = {  # common.family(env_id): module of this folder
     "metaworld": "metaworld",
     "ogbench": "ogbench",
     "minari": "minari",
+    "minari_maze": "minari",
 }
 
 
@@ -175,25 +176,28 @@ class ImageObservation(gym.Wrapper):
 # ======================================== DATASETS ========================================
 
 
-def load_dataset(env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False, env=None):
+def load_dataset(
+    env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, discount=0.99, sparse=False, env=None, obs_keys=()
+):
     """The dataset of `env_id` as a ReplayBuffer of rewards * scale + bias; its `sha256` is the file's.
 
-    sparse: an episode is split where the scaled reward reaches 0, which is success; what follows is another. env: that
-    of `make`, else made here; where it observes images, so does the dataset. What a file holds: see envs/files.py.
+    dataset_path: a file, or "made", see `dataset_file`. sparse: an episode is split where the scaled reward reaches 0,
+    which is success; what follows is another. env: that of `make`, else made here; where it observes images, so does
+    the dataset. What a file holds: see envs/files.py, or with obs_keys envs/robomimic.py.
     Prints what was loaded. Raises InputError naming file, key and bad index.
     """
     env = env or make(env_id)
     shape, (low, high) = env.observation_space.shape, action_bounds(env)
     is_image = len(shape) == 3
     path = dataset_file(env_id, dataset_path, image_size=shape[0] if is_image else 0)
-    module = family_module(env_id)
+    module, made = family_module(env_id), path.parent == files.cache_folder()
     try:
-        data = module.read_dataset(env_id, path) if module else files.read_dataset(path)
+        data = read_dataset(env_id, path, obs_keys)
         files.check_dataset(data, path, shape, low, high)
     except InputError as error:
-        made = path.parent == files.cache_folder()
         hint = "delete it, and it is made again" if made else getattr(module, "HOW_TO_REPLACE", "")
-        raise InputError(f"{error}; {hint}" if hint and dataset_path is None else str(error)) from error
+        is_own = dataset_path not in (None, common.MADE)
+        raise InputError(f"{error}; {hint}" if hint and not is_own else str(error)) from error
     data["actions"] = 2 * (data["actions"] - low) / (high - low) - 1
     raw_rewards = data["rewards"].astype(np.float64)
     data["rewards"] = raw_rewards * reward_scale + reward_bias
@@ -203,21 +207,43 @@ def load_dataset(env_id, dataset_path=None, reward_scale=1.0, reward_bias=0.0, d
     data["terminals"] = files.find_terminals(data, sparse, path)
     buffer = ReplayBuffer(shape, len(low), np.uint8 if is_image else np.float32)
     buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    buffer.note = getattr(module, "NOTE_ON_MADE", "") if made else ""
     episodes = files.add_episodes(buffer, data, discount, sparse)
     if not episodes:
         raise InputError(f"dataset {path}: no transition has a next observation; expected at least 1")
     files.describe(data, episodes, raw_rewards, discount, sparse, path)
+    if buffer.note:
+        print(f"note: {buffer.note}", file=sys.stderr)
     return buffer
+
+
+def read_dataset(env_id, path, obs_keys):
+    """The arrays of envs/files.py from a file in robomimic's layout, else in the family's or a plain one's. Raises
+    InputError."""
+    if robomimic.has_layout(path):
+        return robomimic.read_dataset(path, obs_keys)
+    module = family_module(env_id)
+    data = module.read_dataset(env_id, path) if module else files.read_dataset(path)
+    if obs_keys:
+        expected = "expected it only with data/demo_N/obs/KEY in an HDF5 file, robomimic's layout"
+        raise InputError(f"--obs-keys {' '.join(obs_keys)}: dataset {path} has observations in one array; {expected}")
+    return data
 
 
 def dataset_file(env_id, dataset_path=None, image_size=0):
     """`dataset_path` where given, else the family's: found, downloaded, or made on first use in $PARL_CACHE.
 
-    Raises InputError where there is neither.
+    A dataset_path "made" is data that are made here in place of the family's. Raises InputError where there is neither.
     """
+    module = family_module(env_id)
+    if dataset_path == common.MADE:
+        if not hasattr(module, "made_file"):
+            expected = "expected it for OGBench's cubes and point mazes alone, or ./made for a file of that name"
+            raise InputError(f"--dataset-path made: no data are made here in place of those of {env_id}; {expected}")
+        return module.made_file(env_id)
     if dataset_path is not None:
         return Path(dataset_path).expanduser()
-    if module := family_module(env_id):
+    if module:
         return module.dataset_file(env_id, image_size=image_size) if image_size else module.dataset_file(env_id)
     raise InputError(
         f"--env-id {env_id} has no embedded dataset: expected --dataset-path FILE (.hdf5 or .npz with "
@@ -236,8 +262,9 @@ def family_module(env_id):
     dataset_file(env_id) -> path of its dataset: found, downloaded or made on first use
     read_dataset(env_id, path) -> the arrays of envs/files.py
 
-    where it has images, make_images(env_id, image_size) and dataset_file(env_id, image_size); and where a file that is
-    bad was not made here, HOW_TO_REPLACE it.
+    where it has images, make_images(env_id, image_size) and dataset_file(env_id, image_size); where a file that is bad
+    was not made here, HOW_TO_REPLACE it; and where others can be made in place of its own, made_file(env_id) and
+    NOTE_ON_MADE, for whoever reads the results.
     Raises InputError naming the package that is missing.
     """
     family = common.family(env_id)

@@ -7,23 +7,18 @@ below says what it is for.
 
 import collections.abc
 import contextlib
-import http.client
 import io
 import os
 import re
 import sys
 import tempfile
 import types
-import urllib.request
 import warnings
 from pathlib import Path
 
 import gymnasium
-import h5py
 import numpy as np
-from tqdm import tqdm
 
-from common import InputError
 from envs import files, opengl, unknown_id
 
 
@@ -214,36 +209,8 @@ def dataset_file(env_id):
     """D4RL's HDF5 file of env_id, in $D4RL_DATASET_DIR or ~/.d4rl/datasets, or else downloaded to the first of them.
     Raises InputError where the download fails, saying which file to put where."""
     check_id(env_id)
-    url = d4rl.infos.DATASET_URLS[env_id]
     folders = [os.environ.get("D4RL_DATASET_DIR"), "~/.d4rl/datasets"]
-    paths = [Path(folder).expanduser() / url.rsplit("/", 1)[1] for folder in folders if folder]
-    if path := next(filter(Path.is_file, paths), None):
-        return path
-    try:
-        download(url, paths[0])
-    except (OSError, http.client.HTTPException) as error:
-        message = f"--env-id {env_id}: {url} cannot be downloaded ({error}); expected that file"
-        raise InputError(f"{message} at {paths[0]}, or elsewhere with --dataset-path") from error
-    return paths[0]
-
-
-def download(url, path):
-    """Write the HDF5 file at `url` to `path`, which stays missing unless it is complete. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = files.partial_name(path)
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
-            size = response.length
-            with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-                while block := response.read(1 << 20):
-                    bar.update(file.write(block))
-        if size not in (None, partial.stat().st_size):
-            raise OSError(f"the connection ended after {partial.stat().st_size} of {size} bytes")
-        if not h5py.is_hdf5(partial):
-            raise OSError("what is there is not HDF5")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return files.find_or_download(env_id, d4rl.infos.DATASET_URLS[env_id], filter(None, folders))
 
 
 def read_dataset(env_id, path):

@@ -5,10 +5,12 @@ terminals, timeouts (N,), and optionally next_observations (N, O). Where observa
 uint8 stands in place of O. What is wrong with a file is an InputError that names it, the key and the first bad index.
 """
 
+import http.client
 import math
 import os
 import sys
 import tokenize
+import urllib.request
 import uuid
 import zipfile
 import zlib
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from tqdm import tqdm
 
 from common import InputError, endless_failure, mc_returns
 
@@ -66,6 +69,42 @@ def cached_file(name, generate):
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def find_or_download(env_id, url, folders, otherwise=""):
+    """The file at `url` as it lies in one of `folders`, else downloaded to the first of them.
+
+    Raises InputError where the download fails, saying which file to put where; `otherwise`: what else can be done.
+    """
+    paths = [Path(folder).expanduser() / url.rpartition("/")[2] for folder in folders]
+    if path := next(filter(Path.is_file, paths), None):
+        return path
+    try:
+        download(url, paths[0])
+    except (OSError, http.client.HTTPException) as error:
+        message = f"--env-id {env_id}: {url} cannot be downloaded ({error}); expected that file"
+        raise InputError(f"{message} at {paths[0]}, or elsewhere with --dataset-path{otherwise}") from error
+    return paths[0]
+
+
+def download(url, path):
+    """Write the HDF5 or npz file at `url` to `path`, which stays missing unless it is complete. Raises OSError."""
+    is_right, kind = (zipfile.is_zipfile, "npz") if path.suffix == ".npz" else (h5py.is_hdf5, "HDF5")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
+            size = response.length
+            with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+                while block := response.read(1 << 20):
+                    bar.update(file.write(block))
+        if size not in (None, partial.stat().st_size):
+            raise OSError(f"the connection ended after {partial.stat().st_size} of {size} bytes")
+        if not is_right(partial):
+            raise OSError(f"what is there is not {kind}")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # ======================================== READING ========================================

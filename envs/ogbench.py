@@ -5,18 +5,17 @@ task. Cubes, scenes and puzzles pay -(number of parts unsolved) per step, mazes 
 A state is judged before it is acted in: the reward of (s, a) is that of s, and success shows one step late, both in
 OGBench's environments and in its relabelled data.
 
-Datasets are OGBench's npz files in $OGBENCH_DATASET_DIR (~/.ogbench/data). For cubes and point mazes whose file is not
-there, smaller data of the same layout is made on first use, in minutes, with OGBench's oracles. It is not OGBench's
-data: a quarter of the targets are the task's own (`TASK_SHARE`), so that few episodes suffice.
+Datasets are OGBench's npz files, found in $OGBENCH_DATASET_DIR (~/.ogbench/data) or downloaded to it. With
+--dataset-path made, for cubes and point mazes, smaller data of the same layout are made on first use, in minutes, with
+OGBench's oracles. They are not OGBench's data: a quarter of the targets are the task's own (`TASK_SHARE`), so that few
+episodes suffice.
 """
 
 import atexit
 import contextlib
 import os
 import re
-import sys
 import warnings
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -46,7 +45,8 @@ IDS = tuple(
     for kind in DATASET_KINDS.get(environment.split("-")[0], ())  # none for visual-*: images, not states
 )
 
-HOW_TO_REPLACE = f"OGBench has it at {DATASET_URL}"
+HOW_TO_REPLACE = "delete it, and it is downloaded again"
+NOTE_ON_MADE = "the data were made here and are not OGBench's: results do not compare with those on its own"
 
 EPISODE_STEPS = 1000  # of made data, as in OGBench's
 MADE_EPISODES = {r"cube-\w+-(play|noisy)-.*": 200, r"pointmaze-(medium|large|giant)-navigate-.*": 100}
@@ -134,19 +134,26 @@ def make_ogbench(name, **options):
 
 
 def dataset_file(env_id):
-    """OGBench's npz file of env_id where it is present, else data made here, in $PARL_CACHE (~/.cache/parl).
-
-    Raises InputError for an unknown id, and where there is neither, naming the file and where to put it.
-    """
+    """OGBench's npz file of env_id, in $OGBENCH_DATASET_DIR or ~/.ogbench/data, or else downloaded to it. Raises
+    InputError where the download fails, saying which file to put where."""
     scene, kind, _ = parts(env_id)
-    name = f"{scene}-{kind}-v0.npz"
-    path = Path(os.environ.get("OGBENCH_DATASET_DIR") or "~/.ogbench/data").expanduser() / name
-    if path.is_file():
-        return path
-    num_episodes = next((number for pattern, number in MADE_EPISODES.items() if re.fullmatch(pattern, env_id)), None)
-    if num_episodes is None:
-        raise InputError(f"--env-id {env_id}: no dataset {path}; expected there {DATASET_URL}/{name}")
-    print(f"note: no {path}: the data for {env_id} is made here, with OGBench's oracles", file=sys.stderr)
+    folder = os.environ.get("OGBENCH_DATASET_DIR") or "~/.ogbench/data"
+    otherwise = "; or --dataset-path made, for data made here that are not OGBench's" if made_episodes(env_id) else ""
+    return files.find_or_download(env_id, f"{DATASET_URL}/{scene}-{kind}-v0.npz", [folder], otherwise)
+
+
+def made_episodes(env_id):
+    """The number of episodes in the data that can be made here for env_id; None where they cannot."""
+    return next((number for pattern, number in MADE_EPISODES.items() if re.fullmatch(pattern, env_id)), None)
+
+
+def made_file(env_id):
+    """Data for env_id in OGBench's layout that are made here on first use, in $PARL_CACHE (~/.cache/parl). Raises
+    InputError where they cannot be."""
+    num_episodes = made_episodes(env_id)
+    if not num_episodes:
+        expected = "expected a cube, or pointmaze-medium, -large or -giant with -navigate"
+        raise InputError(f"--dataset-path made: no data can be made here for --env-id {env_id}; {expected}")
     file_name = f"{env_id}-made-{num_episodes}-v1.npz"
     return files.cached_file(file_name, lambda: make_dataset(env_id, num_episodes, EPISODE_STEPS))
 

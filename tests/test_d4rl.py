@@ -17,7 +17,7 @@ import common
 import envs
 import parl_diffusion as parl
 from common import InputError
-from envs import d4rl
+from envs import d4rl, files
 
 GOALS = {"umaze": (0, 8), "medium": (20, 20), "large": (32, 24)}
 KITCHEN_GOALS = {  # task: (rows of qpos, their values when it is done)
@@ -468,11 +468,11 @@ def test_two_downloads_of_one_process_id_do_not_meet(folders, tmp_path, monkeypa
         handler.wfile.flush()
         asked.append(handler.path)
         if len(asked) == 1:
-            d4rl.download(f"{address}/second", folders[0] / "maze.hdf5")
+            files.download(f"{address}/second", folders[0] / "maze.hdf5")
         handler.wfile.write(body[1000:])
 
     with serve(reply) as address:
-        d4rl.download(f"{address}/first", folders[0] / "maze.hdf5")
+        files.download(f"{address}/first", folders[0] / "maze.hdf5")
     assert asked == ["/first", "/second"] and [path.name for path in folders[0].iterdir()] == ["maze.hdf5"]
     assert (folders[0] / "maze.hdf5").read_bytes() == body
 

@@ -1,5 +1,6 @@
 """Minari: a dataset recorded here by the minari package, with nested dict observations, read back and compared."""
 
+import importlib
 import json
 import sys
 import types
@@ -8,7 +9,9 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+from parallel import PARALLEL
 
+import common
 import envs
 from common import InputError
 
@@ -256,3 +259,26 @@ def test_tuples_are_flattened_as_gymnasium_does(tmp_path, monkeypatch):
     expected = [[float(t % 3 == i) for i in range(3)] + [t, -t] for t in range(5)]
     np.testing.assert_array_equal(loaded.states[:5], expected)
     np.testing.assert_array_equal(envs.make("minari:test/pair-v0").reset(seed=0)[0], expected[0])
+
+
+MAZE_IDS = {
+    "minari:D4RL/antmaze/umaze-v1": True,
+    "minari:D4RL/antmaze/large-diverse-v1": True,
+    "minari:D4RL/pointmaze/medium-v2": True,
+    "minari:D4RL/pointmaze/medium-dense-v2": False,
+    "minari:D4RL/door/human-v2": False,
+    "minari:mine/maze-v0": False,
+}
+
+
+@pytest.mark.parametrize("env_id", MAZE_IDS)
+@pytest.mark.parametrize("script", PARALLEL)
+def test_mazes_are_sparse_where_the_id_tells(script, env_id):
+    """A maze learned from as rewards of 0 and 1 without an end, or a dense one as sparse."""
+    module = importlib.import_module(script)
+    args = common.parse(["--env-id", env_id], module.Args, module.PRESETS, "")
+    expected = (True, -1.0, (256,) * 4) if MAZE_IDS[env_id] else (False, 0.0, (256,) * 2)
+    assert (args.sparse_reward, args.reward_bias, args.hidden_dims) == expected
+    assert envs.family_module(env_id).__name__ == "envs.minari"
+    kept = common.parse(["--env-id", env_id, "--reward-bias", "-3"], module.Args, module.PRESETS, "")
+    assert kept.reward_bias == -3 and kept.sparse_reward == args.sparse_reward

@@ -1,13 +1,16 @@
 """OGBench: its environments as they are asked for here, its datasets as OGBench relabels them, and data made here."""
 
 import ctypes.util
+import importlib
+import io
+import json
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 import envs
 from common import InputError
@@ -17,12 +20,16 @@ ogbench = pytest.importorskip("ogbench")
 family = envs.family_module("cube-single-play-singletask-task1-v0")
 
 CUBE, SINGLE = "cube-double-play-singletask-task2-v0", "cube-single-noisy-singletask-task1-v0"
-MAZE = "pointmaze-medium-navigate-singletask-task1-v0"
+MAZE, ANT = "pointmaze-medium-navigate-singletask-task1-v0", "antmaze-large-stitch-singletask-task2-v0"
+sys.path.append(str(ROOT / "benchmark"))
+report = importlib.import_module("report")
 
 
 @pytest.fixture(autouse=True)
 def no_files(monkeypatch, tmp_path):
+    """Neither on the disk nor to download."""
     monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    monkeypatch.setattr(family, "DATASET_URL", "http://127.0.0.1:9/ogbench")
 
 
 @pytest.fixture(scope="module")
@@ -186,19 +193,18 @@ def test_bad_rows(key, index, value, message, cube_file):
 
 
 def test_where_a_bad_file_can_be_had(cube_file, monkeypatch):
-    """OGBench's own comes from OGBench, and this code cannot make it; what it has made it can make again."""
+    """OGBench's own is downloaded again; what was made here is made again; somebody's own is neither."""
     arrays = dict(np.load(cube_file))
     arrays["actions"][9, 1] = 1.5
     np.savez(cube_file, **arrays)
-    with pytest.raises(InputError, match=r"actions\[9, 1\] = 1.5.*; OGBench has it at https://\S+$") as error:
+    with pytest.raises(InputError, match=r"actions\[9, 1\] = 1.5.*; delete it, and it is downloaded again$"):
         envs.load_dataset(CUBE)
-    assert "delete" not in str(error.value)
     with pytest.raises(InputError, match=r"actions\[9, 1\] = 1.5; expected within \[-1, 1\]$"):  # somebody's own
         envs.load_dataset(CUBE, cube_file)
     made = files.cached_file(f"{CUBE}-made-200-v1.npz", lambda: arrays)
     cube_file.unlink()
     with pytest.raises(InputError, match=rf"^dataset {made}: actions\[9, 1\] .*; delete it, and it is made again$"):
-        envs.load_dataset(CUBE)
+        envs.load_dataset(CUBE, "made")
     made.unlink()
 
 
@@ -221,9 +227,80 @@ def test_render(env_id):
     assert result.returncode == 0 and "Exception" not in result.stderr, result.stderr
 
 
-def test_missing_dataset(tmp_path):
-    with pytest.raises(InputError, match=rf"{tmp_path}/antmaze-large-stitch-v0\.npz; expected there https://"):
-        envs.dataset_file("antmaze-large-stitch-singletask-task2-v0")
+def downloads(monkeypatch, body):
+    """What urlopen would fetch is `body`, whatever the address. Returns the list of addresses that were asked for."""
+    asked = []
+
+    class Response(io.BytesIO):
+        length = len(body)
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: asked.append(url) or Response(body))
+    return asked
+
+
+def test_a_missing_file_is_downloaded_once(cube_file, tmp_path, monkeypatch):
+    body = cube_file.read_bytes()
+    cube_file.unlink()
+    asked = downloads(monkeypatch, body)
+    for _ in range(2):  # the second time from the disk
+        assert envs.dataset_file(CUBE) == cube_file and cube_file.read_bytes() == body
+    assert asked == ["http://127.0.0.1:9/ogbench/cube-double-play-v0.npz"]
+    buffer = envs.load_dataset(CUBE, sparse=True)
+    assert len(buffer) == 10 and buffer.note == ""
+    cube_file.unlink()
+    downloads(monkeypatch, b"<html>log in</html>")
+    with pytest.raises(InputError, match="what is there is not npz"):
+        envs.dataset_file(CUBE)
+    assert not list(tmp_path.glob("*cube-double-play-v0.npz"))
+
+
+@pytest.mark.parametrize(("env_id", "can_be_made"), [(CUBE, True), (MAZE, True), (ANT, False)])
+def test_a_failing_download_says_what_to_put_where(env_id, can_be_made, tmp_path):
+    """And never are other data made in its place; that there are some is said where there are."""
+    file = env_id.partition("-singletask")[0] + "-v0.npz"
+    message = (
+        rf"^--env-id {env_id}: http://\S+/{file} cannot be downloaded \(.*\); expected that file at {tmp_path}/{file}"
+    )
+    with pytest.raises(InputError, match=message) as error:
+        envs.load_dataset(env_id)
+    assert ("--dataset-path made" in str(error.value)) == can_be_made and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("env_id", [ANT, "pointmaze-umaze-play"])
+def test_data_that_cannot_be_made_in_place_of_others(env_id):
+    with pytest.raises(InputError, match=rf"^--dataset-path made: no data .* {env_id}; expected"):
+        envs.dataset_file(env_id, "made")
+
+
+def test_made_data_are_said_to_be_no_ogbenchs(tmp_path, monkeypatch, capsys):
+    """Where they are loaded, above the last table, in config.json and in a report; nothing of it with a file."""
+    monkeypatch.setattr(family, "EPISODE_STEPS", 40)
+    monkeypatch.setattr(family, "MADE_EPISODES", {"cube-single.*": 2})
+    monkeypatch.setenv("PARL_CACHE", str(tmp_path))
+    note = family.NOTE_ON_MADE
+    flags = ["--env-id", SINGLE, "--bc-steps", 3, "--offline-steps", 3, "--online-steps", 0, "--num-eval-episodes", 1]
+    flags += ["--batch-size", 4, "--hidden-dims", 8, "--num-bins", 8, "--width", 8]
+    run_here("parl_gaussian", *flags, "--dataset-path", "made", "--run-dir", tmp_path / "run")
+    output = capsys.readouterr()
+    table = output.out.index("phase     policy")
+    assert output.out[:table].endswith(f"{note}\n") and f"note: {note}" in output.err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["dataset_note"] == note and config["dataset_path"] == "made"
+    run_here("parl_gaussian", "--resume", tmp_path / "run", "--eval-only")
+    groups = report.group_runs([tmp_path / "run"])
+    assert f"Note: {note}." in report.document(groups, report.summarise(groups))
+    (made,) = tmp_path.glob("*-made-*.npz")
+    capsys.readouterr()
+    run_here(
+        "parl_gaussian",
+        *flags,
+        "--dataset-path",
+        made.rename(tmp_path / "run" / "mine.npz"),
+        "--run-dir",
+        tmp_path / "2",
+    )
+    assert "OGBench's" not in "".join(capsys.readouterr())
+    assert "dataset_note" not in json.loads((tmp_path / "2" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("env_id", [SINGLE, MAZE])
@@ -246,7 +323,7 @@ def test_made_data_solves_tasks(monkeypatch):
     monkeypatch.setattr(family, "EPISODE_STEPS", 120)
     monkeypatch.setattr(family, "MADE_EPISODES", {"cube.*": 3, "pointmaze.*": 12})
     for env_id in ("cube-single-play-singletask-task1-v0", MAZE):
-        path = envs.dataset_file(env_id)
+        path = envs.dataset_file(env_id, "made")
         assert str(path).startswith(os.environ["PARL_CACHE"]) and "-made-" in path.name
         data = family.read_dataset(env_id, path)
         assert data["terminals"].any() and (data["rewards"] == -1).any()

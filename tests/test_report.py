@@ -188,7 +188,7 @@ def test_the_same_run_twice_is_not_two_samples(make_run):
 
 def test_the_names_of_flags_and_columns_are_those_of_common():
     flags = {field.name for field in dataclasses.fields(common.RunArgs)}
-    written = {"command", "python", "torch", "numpy", "gymnasium"}  # into config.json, by `begin`
+    written = {"command", "python", "torch", "numpy", "gymnasium", "dataset_note"}  # into config.json, by `begin`
     assert flags | written >= report.NOT_LEARNING
     assert {column for column, _ in report.QUANTITIES.values()} <= set(common.COLUMNS)
 

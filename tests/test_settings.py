@@ -43,6 +43,7 @@ PRESETS = {
         width=64,
     ),
     "antmaze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
+    "minari_maze": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
     "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),
     "metaworld": SMALL | dict(
         sparse_reward=True, reward_bias=-1.0, eval_every=2000, log_every=250, bc_steps=10_000, offline_steps=4000,
