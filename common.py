@@ -1085,13 +1085,13 @@ def parse(command, args_class, presets, description):
     given, _ = first.parse_known_args(command)
     if given.resume:
         defaults = resumed_flags(given.resume, args_class)
-        if given.preset not in (None, defaults["preset"]):
-            raise InputError(f"--preset {given.preset} with --resume: expected none; a run goes on with its own flags")
     else:
         defaults = {"env_id": given.env_id} | preset_flags(given.preset or family(given.env_id), presets, args_class)
     if given.online_steps or given.online_episodes:  # one that is given replaces the preset's other
         defaults |= {"online_steps": None, "online_episodes": None}
     args = tyro.cli(args_class, args=command, default=args_class(**defaults), description=description)
+    if given.resume and args.preset != defaults["preset"]:
+        raise InputError(f"--preset {args.preset} with --resume: expected none; a run goes on with its own flags")
     if args.dataset_path and args.dataset_path != MADE:
         args.dataset_path = str(Path(args.dataset_path).expanduser().resolve())  # so that --resume works anywhere
     return args

@@ -95,11 +95,11 @@ def antmaze_args(module, options, folder):
     np.savez(folder / "data.npz", **data, rewards=success * 1.0, terminals=success, timeouts=last & ~success)
     flags = dict(env_id="Nothing-v0", dataset_path=str(folder / "data.npz"), ensemble_size=options.ensemble_size)
     flags |= dict(bc_steps=0, offline_steps=options.antmaze, online_steps=0, num_eval_episodes=1)
-    return module.Args(**module.PRESETS["antmaze"] | flags)
+    return module.Args(**module.PRESETS["antmaze_paper"] | flags)
 
 
 def default_args(module, options):
-    args = module.Args(**module.PRESETS["pointmaze"])
+    args = module.Args(**common.preset_flags("pointmaze", module.PRESETS, module.Args))
     for name in ("bc_steps", "offline_steps", "online_steps"):
         setattr(args, name, round(options.fraction * getattr(args, name)))
     return args

@@ -39,12 +39,12 @@ POLICIES = {
     "tokens": (parl_transformer, "TransformerPolicy", {"head": "tokens"}),
     "continuous": (parl_transformer, "TransformerPolicy", {"head": "continuous"}),
 }
-# observation and action dimensions, and what the task's preset changes of the paper's defaults
+# observation and action dimensions, the preset, and what is changed of it
 SETTINGS = {
-    "pointmaze": (4, 2, parl_diffusion.PRESETS["pointmaze"]),
-    "antmaze": (29, 8, parl_diffusion.PRESETS["antmaze"]),
-    "antmaze, E 2": (29, 8, parl_diffusion.PRESETS["antmaze"] | {"ensemble_size": 2}),
-    "kitchen": (60, 9, parl_diffusion.PRESETS["kitchen"]),
+    "pointmaze": (4, 2, "pointmaze", {}),
+    "antmaze": (29, 8, "antmaze_paper", {}),
+    "antmaze, E 2": (29, 8, "antmaze_paper", {"ensemble_size": 2}),
+    "kitchen": (60, 9, "kitchen", {}),
 }
 GROWTH = {"num_samples": "K", "num_gradient_steps": "T", "ensemble_size": "E", "batch_size": "batch"}
 
@@ -66,8 +66,9 @@ class Options:
 def prepare(setting, policy_name, options, **changes):
     """(args, networks, one batch) at a setting; values in the middle of the range."""
     module, class_name, flags = POLICIES[policy_name]
-    O, A, preset = SETTINGS[setting]
-    args = module.Args(**{**preset, "q_min": -100.0, "q_max": 0.0, **flags, **changes})
+    O, A, preset, other = SETTINGS[setting]
+    preset = common.preset_flags(preset, module.PRESETS, module.Args)
+    args = module.Args(**{**preset, **other, "q_min": -100.0, "q_max": 0.0, **flags, **changes})
     torch.manual_seed(0)
     policy = getattr(module, class_name)(O, A, args).to(options.device)
     critic = module.Critic(O, A, args).to(options.device)
@@ -196,7 +197,7 @@ def main(options):
     rows = []
     if options.growth:
         only = "critic update, cached samples"
-        base = vars(parl_diffusion.Args(**SETTINGS["antmaze, E 2"][2]))
+        base = vars(parl_diffusion.Args(**parl_diffusion.PRESETS["antmaze_paper"], ensemble_size=2))
         cases = [{field: base[field] * factor} for field in GROWTH for factor in (1, 2, 4)]
         for case in cases:
             (field, value), *_ = case.items()
