@@ -116,7 +116,7 @@ SMALL = dict(  # for a laptop's CPU; made for tasks that no other preset knows, 
     bc_steps=10_000, offline_steps=4000, online_steps=4000, online_episodes=None, batch_size=64,
     target_rate=0.05, critic_lr=1e-3, critic_ema_rate=0.005, hidden_dims=(128, 128), ensemble_size=2, cql_weight=0.1,
     num_samples=8, num_keep=5, num_gradient_steps=1, action_lr=5e-3, act_medoid=True,
-    bc_lr=1e-3, distill_lr=3e-4, policy_ema_rate=0.01, width=64, num_layers=2, objective="flow",
+    bc_lr=1e-3, distill_lr=1e-4, policy_ema_rate=0.003, width=64, num_layers=2, objective="flow",
 )  # fmt: skip
 ANTMAZE = SMALL | dict(
     sparse_reward=True, reward_bias=-1.0, discount=0.995, action_chunk=5, eval_every=5000, log_every=500,
@@ -130,6 +130,7 @@ PRESETS = {
     "pointmaze": SMALL | dict(
         sparse_reward=True, reward_bias=-1.0, discount=0.98, eval_every=500, log_every=100,
         bc_steps=8000, offline_steps=2000, online_steps=500, batch_size=128, target_rate=0.02, critic_ema_rate=0.01,
+        distill_lr=3e-4, policy_ema_rate=0.01,
     ),
     "metaworld": SMALL | dict(sparse_reward=True, reward_bias=-1.0),
     "ogbench": SMALL | dict(
