@@ -90,7 +90,7 @@ class Args(common.RunArgs):
     num_keep: int = 10  # of which the critic keeps the best (M)
     num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
     action_lr: float = 3e-4  # their step size (alpha)
-    act_medoid: bool = False  # act with the one of the M kept that is nearest to the others, not with the best
+    act_draw: bool = False  # act with a draw from softmax(Q) too, as the policy learns from, not with the best
     sample_cache_gb: float = 1.0  # memory for samples of the frozen policy; 0: drawn anew each time, as released
     # online fine-tuning
     policy_utd: int = 1  # distillation steps per environment step
@@ -115,7 +115,7 @@ SMALL = dict(  # for a laptop's CPU; made for tasks that no other preset knows, 
     num_threads=1, eval_every=2000, log_every=250,
     bc_steps=10_000, offline_steps=4000, online_steps=4000, online_episodes=None, batch_size=64,
     target_rate=0.05, critic_lr=1e-3, critic_ema_rate=0.005, hidden_dims=(128, 128), ensemble_size=2, cql_weight=0.1,
-    num_samples=8, num_keep=5, num_gradient_steps=1, action_lr=5e-3, act_medoid=True,
+    num_samples=8, num_keep=3, num_gradient_steps=1, action_lr=5e-3, act_draw=True,
     bc_lr=1e-3, distill_lr=1e-4, policy_ema_rate=0.003, width=64, num_layers=2, objective="flow",
 )  # fmt: skip
 ANTMAZE = SMALL | dict(
@@ -435,20 +435,20 @@ def choose(actions, q, sample=False):
     return actions[torch.arange(len(q), device=q.device), q.argmax(1)]
 
 
-def choose_acting(actions, q, args):
-    """The one of M actions that acts: the best, or with --act-medoid the one nearest to the others -> (B, A).
+def choose_acting(actions, q, args, seeds=None):
+    """The one of M actions that acts: the best, or with --act-draw a draw from softmax(q), row i's by seeds[i].
 
-    Q tells good from bad before it tells good from best: of noisy samples the best valued one is often an error of Q.
-    NOTE(differs): with --act-medoid the middle of the M acts (released: the best).
+    NOTE(differs): with --act-draw a draw from softmax(Q) acts (released: the best).
     """
-    if args.act_medoid:
-        q = -torch.cdist(actions, actions).sum(2)  # (B, M): minus the distances to the others; equal where M = 2
+    if args.act_draw:
+        noise = common.seeded_normal(q.shape, seeds and [(*seed, 1) for seed in seeds], q.device)
+        q = q - torch.log(-torch.special.log_ndtr(noise))  # plus Gumbel noise: log_ndtr gives the log of a uniform
     return choose(actions, q)
 
 
 def act(policy, critic, obs, args, seeds=None):
     """The action PA-RL takes: the best optimised one, obs (B, O) -> (B, A). Without a critic: policy.sample(obs, 1)."""
-    return choose_acting(*optimize_actions(critic, obs, policy.sample(obs, args.num_samples, seeds), args), args)
+    return choose_acting(*optimize_actions(critic, obs, policy.sample(obs, args.num_samples, seeds), args), args, seeds)
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ class Args(common.RunArgs):
     num_keep: int = 4  # of which the critic keeps the best (M)
     num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
     action_lr: float = 3e-4  # their step size (alpha)
-    act_medoid: bool = False  # act with the one of the M kept that is nearest to the others, not with the best
+    act_draw: bool = False  # act with a draw from softmax(Q) too, as the policy learns from, not with the best
     refresh_states: int = 1000  # whose samples are drawn again after an episode's distillation, oldest first
     # online fine-tuning
     policy_utd: int = 1  # distillation steps per environment step
@@ -1023,14 +1023,14 @@ def choose(actions, q, sample=False):
     return actions[torch.arange(len(q), device=q.device), q.argmax(1)]
 
 
-def choose_acting(actions, q, args):
-    """The one of M actions that acts: the best, or with --act-medoid the one nearest to the others -> (B, A).
+def choose_acting(actions, q, args, seeds=None):
+    """The one of M actions that acts: the best, or with --act-draw a draw from softmax(q), row i's by seeds[i].
 
-    Q tells good from bad before it tells good from best: of noisy samples the best valued one is often an error of Q.
-    NOTE(differs): with --act-medoid the middle of the M acts (released: the best).
+    NOTE(differs): with --act-draw a draw from softmax(Q) acts (released: the best).
     """
-    if args.act_medoid:
-        q = -torch.cdist(actions, actions).sum(2)  # (B, M): minus the distances to the others; equal where M = 2
+    if args.act_draw:
+        noise = common.seeded_normal(q.shape, seeds and [(*seed, 1) for seed in seeds], q.device)
+        q = q - torch.log(-torch.special.log_ndtr(noise))  # plus Gumbel noise: log_ndtr gives the log of a uniform
     return choose(actions, q)
 
 
@@ -1039,7 +1039,7 @@ def act(policy, critic, obs, args, seeds=None):
     """The action PA-RL takes: the best optimised one, observations -> (B, A). Without critic: policy.sample(obs, 1)."""
     candidates = policy.sample(obs, args.num_samples, seeds)
     encoded = critic.encode(torch.as_tensor(obs["image"]), critic.codes(obs["instruction"]))
-    return choose_acting(*optimize_actions(critic, encoded, candidates, args), args)
+    return choose_acting(*optimize_actions(critic, encoded, candidates, args), args, seeds)
 
 
 @torch.no_grad()

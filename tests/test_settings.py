@@ -36,7 +36,7 @@ SMALL = dict(
     num_threads=1, eval_every=2000, log_every=250,
     bc_steps=10_000, offline_steps=4000, online_steps=4000, online_episodes=None, batch_size=64,
     target_rate=0.05, critic_lr=1e-3, critic_ema_rate=0.005, hidden_dims=(128, 128), ensemble_size=2, cql_weight=0.1,
-    num_samples=8, num_keep=5, num_gradient_steps=1, action_lr=5e-3, act_medoid=True,
+    num_samples=8, num_keep=3, num_gradient_steps=1, action_lr=5e-3, act_draw=True,
     bc_lr=1e-3, distill_lr=1e-4, policy_ema_rate=0.003, width=64, num_layers=2, objective="flow",
 )  # fmt: skip
 ANTMAZE = SMALL | dict(

@@ -148,32 +148,44 @@ def test_choose_takes_the_best_and_draws_from_softmax():
         assert abs((drawn == value).float().mean() - probability) < 0.01
 
 
-def test_what_acts_is_the_best_or_the_medoid():
-    """Two states of three actions in the plane. The sums of distances of the first: 5 + 10, 5 + 5, 10 + 5; of the
-    second 0 + 13, 0 + 13, 13 + 13, where the better one of the two comes first. Of squares or of single axes the
-    medoid would be another: test it on (0, 0), (4, 4), (5, 0), (5, 1), whose sums are 15.8, 13.9, 10.1, 9.9."""
-    actions = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]], [[5.0, 12.0], [5.0, 12.0], [0.0, 0.0]]])
-    q = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
-    assert parl.choose_acting(actions, q, make_args()).tolist() == [[6.0, 8.0], [0.0, 0.0]]
-    args = make_args(act_medoid=True)
-    assert parl.choose_acting(actions, q, args).tolist() == [[3.0, 4.0], [5.0, 12.0]]
-    four = torch.tensor([[[0.0, 0.0], [4.0, 4.0], [5.0, 0.0], [5.0, 1.0]]])
-    assert parl.choose_acting(four, torch.zeros(1, 4), args).tolist() == [[5.0, 1.0]]
-    two = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])  # whose sums are equal: re-ranking put the better one first
-    assert parl.choose_acting(two, torch.tensor([[2.0, 1.0]]), args).tolist() == [[1.0, 1.0]]
+def test_what_acts_is_the_best_or_a_draw():
+    """Of probabilities 1/6, 2/6, 3/6, with seeds and with torch's generator; noise of the wrong sign would draw
+    others. A state's draw follows from its seed alone, and is not that of the samples."""
+    num = 20_000
+    actions = torch.tensor([[[1.0], [2.0], [3.0]]]).expand(num, 3, 1)
+    q = torch.tensor([1.0, 2.0, 3.0]).log().expand(num, 3)
+    seeds = [(7, step) for step in range(num)]
+    assert (parl.choose_acting(actions, q, make_args(), seeds) == 3.0).all()
+    args = make_args(act_draw=True)
+    torch.manual_seed(0)
+    for given in (seeds, None):
+        drawn = parl.choose_acting(actions, q, args, given)
+        for value, probability in ((1.0, 1 / 6), (2.0, 2 / 6), (3.0, 3 / 6)):
+            assert abs((drawn == value).float().mean() - probability) < 0.015
+    some = parl.choose_acting(actions[:9], q[:9], args, seeds[:9])
+    assert torch.equal(some, parl.choose_acting(actions, q, args, seeds)[:9])
+    level = torch.zeros(1000, 3)  # noise that the samples were made of would be taken again
+    first = torch.stack([common.seeded_normal((1, 3), [seed])[0].argmax() for seed in seeds[:1000]])
+    drawn = parl.choose_acting(actions[:1000], level, args, seeds[:1000])[:, 0] - 1
+    assert abs((drawn == first).float().mean() - 1 / 3) < 0.06
 
 
 def test_act_takes_what_choose_acting_takes(monkeypatch):
     """In act alone: the TD target, the CQL actions and distillation are not chosen so."""
     calls = []
-    monkeypatch.setattr(parl, "choose_acting", lambda actions, q, args: calls.append(actions.shape) or actions[:, 1])
-    args = make_args(act_medoid=True, num_samples=4, num_keep=3)
+
+    def choose_acting(actions, q, args, seeds):
+        calls.append((actions.shape, seeds))
+        return actions[:, 1]
+
+    monkeypatch.setattr(parl, "choose_acting", choose_acting)
+    args = make_args(act_draw=True, num_samples=4, num_keep=3)
     policy, critic = parl.DiffusionPolicy(4, 2, args).eval(), parl.Critic(4, 2, args)
     obs = torch.randn(5, 4)
     seeds = [(index,) for index in range(5)]
     actions, _ = parl.optimize_actions(critic, obs, policy.sample(obs, 4, seeds), args)
     assert torch.equal(parl.act(policy, critic, obs, args, seeds), actions[:, 1])
-    assert calls == [(5, 3, 2)]
+    assert calls == [((5, 3, 2), seeds)]
     batch = batch_of(5)
     optimizer = torch.optim.Adam(critic.parameters())
     parl.update_critic(critic, copy.deepcopy(critic), optimizer, batch, torch.zeros(10, 4, 2), args)
