@@ -470,7 +470,20 @@ OPENVLA = {
     "openvla_cloned": "the same, cloning alone",
     "openvla_bc2": "cloning alone, twice the steps",
 }
+STEADY = {
+    "steady_drawer": "metaworld-drawer-open",
+    "steady_door": "metaworld-door-open",
+    "steady_push": "metaworld-push",
+    "steady_fetch": "FetchPush-v4, `--preset small`",
+    "steady_cube": "cube-single-noisy, task 1, data made here",
+    "steady_medium": "pointmaze-medium-play",
+    "steady_large": "pointmaze-large-play",
+    "steady_antmaze": "antmaze-medium-diverse-v2, made data",
+    "calibration_before": "metaworld-push, the settings of before",
+    "calibration_after": "metaworld-push, noting the value of the starts",
+}
 DOCS = {
+    "steady.md": ("does a policy end better than it began? The presets as they are, `parl_diffusion.py`", STEADY),
     "pointmaze.md": ("PointMaze, slalom", POINTMAZE),
     "manipulation.md": ("Meta-World, OGBench's cube", MANIPULATION),
     "antmaze.md": ("AntMaze from made data", ANTMAZE),
@@ -494,14 +507,15 @@ def load_results():
 
 
 def docs_table(runs):
-    """Every seed, mean and standard deviation (divided by n, not n - 1) of success and steps to the goal."""
+    """Every seed, mean, sample standard deviation and 95 % interval of success and steps to the goal."""
     quantities = {name: column for name, column in QUANTITIES.items() if re.search("success|steps", name)}
     lines = []
     for (phase, quantity), values in final_values(runs, quantities).items():
-        values = list(values.values())
-        spread = [number(np.nanmean(values)), number(np.nanstd(values), 2)]
-        lines.append([PHASES[phase], quantity, *map(number, values), *spread])
-    return markdown(["after", "", *(f"seed {seed}" for seed in runs), "mean", "std"], lines)
+        stats = describe(list(values.values()))
+        interval = f"{number(stats['low'])} to {number(stats['high'])}" if "low" in stats else ""
+        spread = [number(stats["mean"]), number(stats["sd"], 2) if "sd" in stats else "", interval]
+        lines.append([PHASES[phase], quantity, *map(number, values.values()), *spread])
+    return markdown(["after", "", *(f"seed {seed}" for seed in runs), "mean", "sd", "95 %"], lines)
 
 
 def plot(runs, title, path):
@@ -546,27 +560,44 @@ def plot_ablations(runs, path):
     figure.savefig(path, dpi=120)
 
 
-def plot_manipulation(runs, path):
-    """Final success per task and method: cloned, after offline RL, after online fine-tuning, a dot per seed."""
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    tasks = {"drawer_open": "metaworld-drawer-open", "door_open": "metaworld-door-open", "cube": "cube-single, task 1"}
-    methods = {"": "diffusion", "_rerank": "diffusion,\nre-ranking only", "_gaussian": "Gaussian"}
+def draw_dots(axis, groups):
+    """Final success of groups {label: {seed: Run}}: a dot per seed, a line at the mean, for each of four finals."""
     finals = (
         ("cloned, raw", "bc", "eval/policy_success_rate", "0.4"),
         ("offline RL, optimised", "offline", "eval/success_rate", "tab:green"),
         ("online, optimised", "online", "eval/success_rate", "tab:blue"),
         ("online, raw", "online", "eval/policy_success_rate", "tab:orange"),
     )
+    for x, runs in enumerate(groups.values()):
+        for i, (label, phase, column, colour) in enumerate(finals):
+            values = [run.finals()[phase][column] for run in runs.values()]
+            where = x + 0.2 * (i - 1.5) + 0.04 * (np.arange(len(values)) - (len(values) - 1) / 2)
+            axis.scatter(where, values, s=20, color=colour, alpha=0.7, label=label if x == 0 else None)
+            axis.hlines(np.mean(values), where[0] - 0.04, where[-1] + 0.04, color=colour)
+    axis.set(ylim=(-0.03, 1.03), xticks=range(len(groups)), xticklabels=groups)
+    axis.grid(alpha=0.3, axis="y")
+
+
+def plot_manipulation(runs, path):
+    """Final success per task and method: cloned, after offline RL, after online fine-tuning, a dot per seed."""
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    tasks = {"drawer_open": "metaworld-drawer-open", "door_open": "metaworld-door-open", "cube": "cube-single, task 1"}
+    methods = {"": "diffusion", "_rerank": "diffusion,\nre-ranking only", "_gaussian": "Gaussian"}
     for axis, (task, title) in zip(figure.subplots(1, 3, sharey=True), tasks.items(), strict=True):
-        for x, method in enumerate(methods):
-            for i, (label, phase, column, colour) in enumerate(finals):
-                values = [run.finals()[phase][column] for run in runs[task + method].values()]
-                where = x + 0.2 * (i - 1.5) + 0.04 * (np.arange(len(values)) - (len(values) - 1) / 2)
-                axis.scatter(where, values, s=20, color=colour, alpha=0.7, label=label if x == 0 else None)
-                axis.hlines(np.mean(values), where[0] - 0.04, where[-1] + 0.04, color=colour)
-        axis.set(ylim=(-0.03, 1.03), xticks=range(len(methods)), xticklabels=methods.values(), title=title)
-        axis.grid(alpha=0.3, axis="y")
+        draw_dots(axis, {label: runs[task + method] for method, label in methods.items()})
+        axis.set(title=title)
     figure.axes[0].set_ylabel("success rate, 40 episodes")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_steady(runs, path):
+    """Final success per task of `STEADY`, as in plot_manipulation."""
+    groups = {name.removeprefix("steady_"): runs[name] for name in STEADY if name.startswith("steady") and name in runs}
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    axis = figure.subplots()
+    draw_dots(axis, groups)
+    axis.set(ylabel="success rate, 100 episodes")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -599,24 +630,27 @@ def plot_classes(runs, path):
     figure.savefig(path, dpi=120)
 
 
-def plot_start_value(runs, path):
-    """The critic's value of the evaluation's starts and the discounted return that follows, over updates."""
-    figure = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
-    for seed, run in runs.items():
-        noted = np.genfromtxt(HERE / "results" / "start_value" / f"antmaze-{seed}.csv", delimiter=",", names=True)
-        updates = [row["gradient_step"] for row in run.rows if "eval/success_rate" in row]
-        evaluations = [noted[noted["evaluation"] == number] for number in range(len(updates))]
-        for column, label, colour in (
-            ("value", "critic's value", "tab:blue"),
-            ("discounted_return", "return", "tab:orange"),
-        ):
-            values = np.stack([evaluation[column] for evaluation in evaluations])  # (evaluations, episodes)
-            axis.plot(updates, values.mean(1), color=colour, marker=".", linewidth=2, label=f"{label}, seed {seed}")
-            axis.fill_between(updates, *np.percentile(values, (10, 90), axis=1), color=colour, alpha=0.15)
-    axis.set(xlabel="updates (cloning, then critic)", ylabel="at the start: mean, 10 to 90 % of episodes")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+def plot_start_value(experiments, path):
+    """The critic's value of the evaluation's starts and the discounted return that follows, over updates, for
+    experiments {name: {seed: Run}}."""
+    figure = matplotlib.figure.Figure(figsize=(4 + 4 * len(experiments), 4), layout="constrained")
+    axes = figure.subplots(1, len(experiments), sharey=True, squeeze=False)[0]
+    for axis, (name, runs) in zip(axes, experiments.items(), strict=True):
+        for seed, run in runs.items():
+            noted = np.genfromtxt(HERE / "results" / "start_value" / f"{name}-{seed}.csv", delimiter=",", names=True)
+            updates = [row["gradient_step"] for row in run.rows if "eval/success_rate" in row]
+            evaluations = [noted[noted["evaluation"] == number] for number in range(len(updates))]
+            for column, label, colour in (
+                ("value", "critic's value", "tab:blue"),
+                ("discounted_return", "return", "tab:orange"),
+            ):
+                values = np.stack([evaluation[column] for evaluation in evaluations])  # (evaluations, episodes)
+                axis.plot(updates, values.mean(1), color=colour, marker=".", linewidth=2, label=f"{label}, seed {seed}")
+                axis.fill_between(updates, *np.percentile(values, (10, 90), axis=1), color=colour, alpha=0.15)
+        axis.set(xlabel="updates (cloning, then critic)", title=name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("at the start: mean, 10 to 90 % of episodes")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -646,8 +680,13 @@ def write_docs(folder):
         plot_ablations(runs, folder / "ablations.png")
     if set(MANIPULATION) <= set(runs):
         plot_manipulation(runs, folder / "manipulation.png")
+    if set(STEADY) & set(runs):
+        plot_steady(runs, folder / "steady.png")
+    if "calibration_after" in runs:
+        names = ("calibration_before", "calibration_after")
+        plot_start_value({name: runs[name] for name in names}, folder / "calibration.png")
     if "antmaze" in runs:
-        plot_start_value(runs["antmaze"], folder / "antmaze_start_value.png")
+        plot_start_value({"antmaze": runs["antmaze"]}, folder / "antmaze_start_value.png")
 
 
 def main():
