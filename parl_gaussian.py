@@ -516,7 +516,8 @@ def learning_rate(base, step, num_steps, args, cosine=False):
     """
     warmup = min(args.policy_warmup_steps, num_steps // 10)
     decay = (1 + math.cos(math.pi * step / num_steps)) / 2 if cosine else 1.0
-    return base * min(1.0, step / max(warmup, 1)) * decay if warmup else base * decay
+    ramp = min(1.0, step / warmup) if warmup else 1.0
+    return base * ramp * decay
 
 
 # ======================================== TRAIN ========================================
