@@ -782,7 +782,7 @@ class Checkpoint:
             raise InputError(f"--resume {self.path.parent}: no checkpoint.pt; {expected}")
         if not (self.args.eval_only and family(self.args.env_id)):  # what is no simulator may be a robot
             self.lock()
-        fixed = ("policy_checkpoint", "discount", "reward_scale", "reward_bias", "sparse_reward")
+        fixed = ("policy_checkpoint", "obs_keys", "discount", "reward_scale", "reward_bias", "sparse_reward")
         state = load_checkpoint(self.path, "--resume", self.args, self.identity, fixed, **self.kept)
         self.check_phases(state["args"], self.kept["counters"])
         self.set_generators(state["generators"])
@@ -919,7 +919,7 @@ def open_run(args, script, generator, dataset, kept):
     if args.policy_checkpoint and not args.resume:
         # NOTE(differs): --policy-checkpoint starts from the policy's running average (released: from its weights).
         loaded = {name: kept[name] for name in ("policy_ema", "normalizer") if name in kept}
-        load_checkpoint(args.policy_checkpoint, "--policy-checkpoint", args, identity, **loaded)
+        load_checkpoint(args.policy_checkpoint, "--policy-checkpoint", args, identity, ("obs_keys",), **loaded)
         kept["policy"].load_state_dict(kept["policy_ema"].state_dict())
     if not args.eval_only:  # which needs no data
         identity["dataset_sha256"] = dataset.sha256
@@ -1064,7 +1064,7 @@ def main(train, args_class, presets, description):
             command = read_config(args.run_dir).get("command", [])
             check_same_flags(args, parse(command, args_class, presets, description))
             print(f"--run-dir {args.run_dir}: holds a run of this command, which goes on")
-            args.resume = args.run_dir
+            args = parse([*sys.argv[1:], "--resume", args.run_dir], args_class, presets, description)  # with its flags
         train(args)
     except (InputError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
@@ -1086,7 +1086,9 @@ def parse(command, args_class, presets, description):
     if given.resume:
         defaults = resumed_flags(given.resume, args_class)
     else:
-        defaults = {"env_id": given.env_id} | preset_flags(given.preset or family(given.env_id), presets, args_class)
+        defaults = {"env_id": given.env_id}
+        if given.preset or family(given.env_id) in presets:
+            defaults |= preset_flags(given.preset or family(given.env_id), presets, args_class)
     if given.online_steps or given.online_episodes:  # one that is given replaces the preset's other
         defaults |= {"online_steps": None, "online_episodes": None}
     args = tyro.cli(args_class, args=command, default=args_class(**defaults), description=description)
@@ -1100,8 +1102,6 @@ def parse(command, args_class, presets, description):
 def preset_flags(name, presets, args_class):
     """Of the preset `name` what args_class has: presets name flags of several policies. Raises InputError."""
     if name not in presets:
-        if name in ("", *FAMILIES.values()):  # not given; a family without one
-            return {}
         raise InputError(f"--preset {name}: expected one of {', '.join(presets) or 'none'}")
     names = {field.name for field in dataclasses.fields(args_class)}
     return {"preset": name} | {flag: value for flag, value in presets[name].items() if flag in names}
@@ -1135,5 +1135,7 @@ def resumed_flags(directory, args_class):
     try:
         flags = {field.name: saved[field.name] for field in dataclasses.fields(args_class)}
     except (TypeError, KeyError) as error:
-        raise InputError(f"--resume {directory}: config.json is not one of this script's ({error})") from error
+        raise InputError(
+            f"--resume {directory}: config.json is not one of this script's, or of an earlier version ({error})"
+        ) from error
     return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}

@@ -26,7 +26,7 @@ import envs.pointmaze  # noqa: E402
 import parl_diffusion  # noqa: E402
 
 STATE = (0.0, 1.0, 0.5, 0.0)  # x, y, and velocity in x, y: one cell to the right of the goal's, rolling away from it
-PAPER = dict(num_samples=32, num_keep=10, num_gradient_steps=10)  # K, M, T; the default run's are 8, 3, 3
+PAPER = dict(num_samples=32, num_keep=10, num_gradient_steps=10)  # K, M, T; the default run's are 8, 3, 1
 MARKS = {  # how each step is drawn
     "samples": dict(marker="o", markersize=6, color="white", markeredgecolor="black", linestyle=""),
     "kept": dict(marker="o", markersize=6.5, color="tab:red", markeredgecolor="white", linestyle=""),
@@ -42,7 +42,7 @@ def load(run):
     dims = checkpoint["obs_dim"], checkpoint["act_dim"]
     policy, critic = parl_diffusion.DiffusionPolicy(*dims, args).eval(), parl_diffusion.Critic(*dims, args)
     normalizer = common.Normalizer(checkpoint["obs_dim"])
-    for name, module in {"policy_ema": policy, "critic": critic, "normalizer": normalizer}.items():
+    for name, module in {"policy_ema": policy, "critic_ema": critic, "normalizer": normalizer}.items():
         module.load_state_dict(checkpoint[name])
     return policy, critic, normalizer, args
 

@@ -682,8 +682,8 @@ def write_docs(folder):
         plot_manipulation(runs, folder / "manipulation.png")
     if set(STEADY) & set(runs):
         plot_steady(runs, folder / "steady.png")
-    if "calibration_after" in runs:
-        names = ("calibration_before", "calibration_after")
+    names = ("calibration_before", "calibration_after")
+    if set(names) <= set(runs):
         plot_start_value({name: runs[name] for name in names}, folder / "calibration.png")
     if "antmaze" in runs:
         plot_start_value({"antmaze": runs["antmaze"]}, folder / "antmaze_start_value.png")

@@ -287,7 +287,8 @@ def describe(data, episodes, raw_rewards, discount, sparse, path):
     )
     low, *others = np.unique(raw_rewards)
     if not sparse and len(others) == 1:
-        flags = f"--sparse-reward --reward-bias {0 - others[0]:g}"
+        scale = np.ptp(data["rewards"]) / np.ptp(raw_rewards)
+        flags = f"--sparse-reward --reward-bias {0 - scale * others[0]:g}"
         print(f"dataset {path}: two rewards, {low:g} and {others[0]:g}; where {others[0]:g} is success, pass {flags}")
     if 2 * len(episodes) > num_steps:
         warn_of_breaks(data, sparse, path)

@@ -50,6 +50,8 @@ def read_dataset(path, obs_keys):
 def check_keys(demo, where, obs_keys):
     """Raises InputError, with the keys that there are, unless some were asked for and a demonstration has them."""
     there = list(demo.get("obs", ()))
+    if there and not hasattr(demo["obs"], "keys"):
+        raise InputError(f"{where}: {demo.name}/obs is an array; expected a group of them")
     hint = f"expected some of {', '.join(there) or 'none: it has no obs'}"
     if not obs_keys:
         raise InputError(f"{where} is in robomimic's layout, and --obs-keys is not given; {hint}")

@@ -115,7 +115,13 @@ def remove(number, *keys):
     return damage
 
 
+def store_as_array(demos):
+    remove(2, "obs/pos", "obs/grip", "obs/image")(demos)
+    demos[2]["obs"] = np.zeros((3, 3))
+
+
 BAD = {
+    "an array of observations": (store_as_array, "demo_2/obs is an array; expected a group of them"),
     "no such key": (remove(10, "obs/grip"), r"--obs-keys pos grip: .*demo_10 has no obs/grip; .* of image, pos$"),
     "no observations": (remove(2, "obs/pos", "obs/grip", "obs/image"), "demo_2 has no obs/pos; .*it has no obs"),
     "no dones": (remove(2, "dones"), "demo_2 has no array dones"),
@@ -223,5 +229,10 @@ def test_the_environment_of_the_docs_observes_what_the_file_holds(tmp_path, monk
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         assert config["obs_keys"] == names and config["obs_dim"] == 14
         run_here("parl_gaussian", "--resume", "run", "--eval-only")
+        for flag, path in (("--resume", "run"), ("--policy-checkpoint", "run/checkpoint.pt")):  # as wide in this order
+            with pytest.raises(SystemExit, match=r"--obs-keys is \(.* there and \(.* here; expected the same"):
+                run_here(
+                    "parl_gaussian", *flags, "--num-samples", 2, "--num-keep", 1, flag, path, "--obs-keys", *names[::-1]
+                )
     finally:
         gym.registry.pop("Lift-v0", None)

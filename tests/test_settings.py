@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -15,6 +16,7 @@ from parallel import PARALLEL
 import common
 import parl_diffusion
 import parl_gaussian
+import parl_openvla
 import parl_transformer
 
 PAPER = dict(
@@ -99,8 +101,11 @@ def test_a_preset_by_name(script):
 def test_a_preset_that_is_not_there():
     with pytest.raises(common.InputError, match=r"^--preset large: expected one of small, pointmaze, .*kitchen$"):
         parsed("parl_gaussian", "--preset", "large")
-    with pytest.raises(common.InputError, match=r"^--preset small: expected one of none$"):
-        common.parse(["--preset", "small"], parl_gaussian.Args, {}, "")
+    with pytest.raises(common.InputError, match=r"^--preset minari: expected one of small"):  # a family without one
+        parsed("parl_gaussian", "--preset", "minari")
+    for presets, there in (({}, "none"), (parl_openvla.PRESETS, "metaworld")):
+        with pytest.raises(common.InputError, match=rf"^--preset pointmaze: expected one of {there}$"):
+            common.parse(["--preset", "pointmaze"], parl_openvla.Args, presets, "")
 
 
 def test_a_preset_gives_a_policy_what_it_has():
@@ -116,6 +121,18 @@ def test_a_run_goes_on_with_its_own_flags_not_a_presets(tmp_path):
     assert parsed("parl_gaussian", "--resume", tmp_path).num_keep == 2
     with pytest.raises(common.InputError, match=r"^--preset small with --resume: expected none"):
         parsed("parl_gaussian", "--resume", tmp_path, "--preset", "small")
+
+
+def test_the_same_command_goes_on_with_the_runs_flags(tmp_path, monkeypatch):
+    """A preset that has changed since the run began would change what the run learns, and say nothing."""
+    command = ["--run-dir", str(tmp_path), "--num-samples", "9"]
+    begun = parl_gaussian.Args(preset="pointmaze", num_keep=7, num_samples=9, run_dir=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(vars(begun) | {"command": command}))
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.setattr(sys, "argv", ["parl_gaussian.py", *command])
+    trained = []
+    common.main(trained.append, parl_gaussian.Args, parl_gaussian.PRESETS, "")
+    assert vars(trained[0]) == vars(begun) | {"resume": str(tmp_path)}
 
 
 def little(**changes):
