@@ -7,7 +7,7 @@ action than the policy's, PA-RL makes one:
     1. sample     K actions from the policy
     2. re-rank    keep the M that the critic values most                              (global optimisation)
     3. ascend     move each kept action T steps up the critic's action gradient       (local optimisation)
-    4. choose     the best for the TD target, for acting and evaluation; a softmax draw for the policy to learn from
+    4. choose     the best for the TD target and to act (with --act-draw a draw); a softmax draw to learn from
     5. distil     the policy's own supervised loss on the chosen action: no gradient passes from critic to policy
 
 in three phases: behaviour cloning; offline RL (the critic learns, the policy is frozen); online fine-tuning (collect an
@@ -447,7 +447,7 @@ def choose_acting(actions, q, args, seeds=None):
 
 
 def act(policy, critic, obs, args, seeds=None):
-    """The action PA-RL takes: the best optimised one, obs (B, O) -> (B, A). Without a critic: policy.sample(obs, 1)."""
+    """The action PA-RL takes, an optimised one: obs (B, O) -> (B, A). Without a critic: policy.sample(obs, 1)."""
     return choose_acting(*optimize_actions(critic, obs, policy.sample(obs, args.num_samples, seeds), args), args, seeds)
 
 

@@ -7,7 +7,7 @@ action than the policy's, PA-RL makes one:
     1. sample     K actions from the policy
     2. re-rank    keep the M that the critic values most                              (global optimisation)
     3. ascend     move each kept action T steps up the critic's action gradient       (local optimisation)
-    4. choose     the best for the TD target, for acting and evaluation; a softmax draw for the policy to learn from
+    4. choose     the best for the TD target and to act (with --act-draw a draw); a softmax draw to learn from
     5. distil     the policy's own supervised loss on the chosen action: no gradient passes from critic to policy
 
 in three phases: behaviour cloning, or with --warmup-episodes trials of a released policy as it is; offline RL (the
@@ -149,8 +149,8 @@ class Args(common.RunArgs):
     sample_temperature: float = 1.0  # of the raw policy in evaluations; 0: the likeliest tokens, as in official ones
 
 
-# What a family of environments changes, here for the tiny model: common.main starts from the one of --env-id, and a
-# flag that is given wins.
+# What a family of environments changes, here for the tiny model: common.main starts from --preset, else from the one of
+# --env-id, and a flag that is given wins.
 PRESETS = {
     "metaworld": dict(
         discount=0.95, num_threads=1, eval_every=500, log_every=50, num_eval_episodes=20,
@@ -1036,7 +1036,7 @@ def choose_acting(actions, q, args, seeds=None):
 
 @torch.no_grad()
 def act(policy, critic, obs, args, seeds=None):
-    """The action PA-RL takes: the best optimised one, observations -> (B, A). Without critic: policy.sample(obs, 1)."""
+    """The action PA-RL takes, an optimised one: observations -> (B, A). Without a critic: policy.sample(obs, 1)."""
     candidates = policy.sample(obs, args.num_samples, seeds)
     encoded = critic.encode(torch.as_tensor(obs["image"]), critic.codes(obs["instruction"]))
     return choose_acting(*optimize_actions(critic, encoded, candidates, args), args, seeds)
