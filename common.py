@@ -924,7 +924,10 @@ def open_run(args, script, generator, dataset, kept):
     if not args.eval_only:  # which needs no data
         identity["dataset_sha256"] = dataset.sha256
     directory, counters = run_directory(args, script), Counters(args)
-    log = Log(directory, args, counters, dataset.note)
+    note = read_config(directory).get("dataset_note", "") if args.eval_only else dataset.note
+    if args.eval_only and note:  # with the data, it is said where they are loaded
+        print(f"note: {note}", file=sys.stderr)
+    log = Log(directory, args, counters, note)
     checkpoint = Checkpoint(directory, args, identity, generator, counters=counters, log=log, **kept)
     if args.resume:
         checkpoint.resume()

@@ -287,6 +287,7 @@ def test_made_data_are_said_to_be_no_ogbenchs(tmp_path, monkeypatch, capsys):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["dataset_note"] == note and config["dataset_path"] == "made"
     run_here("parl_gaussian", "--resume", tmp_path / "run", "--eval-only")
+    assert f"note: {note}" in capsys.readouterr().err
     groups = report.group_runs([tmp_path / "run"])
     assert f"Note: {note}." in report.document(groups, report.summarise(groups))
     (made,) = tmp_path.glob("*-made-*.npz")
