@@ -45,7 +45,7 @@ NOT_LEARNING = {  # in what the runs of a group may differ
     *("run_dir", "resume", "command"),
     *("dataset_path", "dataset_note"),  # a dataset is known by its dataset_sha256, wherever it lies
 }
-TASK = ("env_id", "policy_class")  # the presets of families follow from these, so other flags name a group only within the same ones
+TASK = ("env_id", "policy_class")  # families' presets follow from these: other flags name a group within the same ones
 
 
 # ======================================== STATISTICS ========================================
