@@ -28,7 +28,7 @@ class Arm(gym.Env):
         return self.np_random.standard_normal(4, np.float32), 0.0, False, False, {"success": False}
 
 
-gym.register("Arm-v0", entry_point=Arm, max_episode_steps=6)
+gym.register("Grip-v0", entry_point=Arm, max_episode_steps=6)
 KEYS = ("pos", "grip")
 
 
@@ -59,7 +59,7 @@ def demos():
 
 
 def load(path, obs_keys=KEYS, sparse=True):
-    return envs.load_dataset("Arm-v0", path, 1.0, -1.0, 0.5, sparse, obs_keys=obs_keys)
+    return envs.load_dataset("Grip-v0", path, 1.0, -1.0, 0.5, sparse, obs_keys=obs_keys)
 
 
 def test_demonstrations_by_number_and_keys_in_the_order_given(demos, tmp_path):
@@ -94,8 +94,8 @@ def test_a_demonstration_ends_at_its_first_success(demos, tmp_path):
 
 def test_a_single_image_keeps_its_shape_and_others_are_flattened(demos, tmp_path):
     path = write(tmp_path / "a.hdf5", demos)
-    assert envs.read_dataset("Arm-v0", path, ("image",))["observations"].shape == (7, 5, 5, 3)
-    assert envs.read_dataset("Arm-v0", path, ("image", "grip"))["observations"].shape == (7, 76)
+    assert envs.read_dataset("Grip-v0", path, ("image",))["observations"].shape == (7, 5, 5, 3)
+    assert envs.read_dataset("Grip-v0", path, ("image", "grip"))["observations"].shape == (7, 76)
 
 
 def change(number, **columns):
@@ -169,7 +169,7 @@ def test_damaged_files_are_read_or_refused(demos, tmp_path):
             bad[where] ^= int(rng.integers(1, 256))
         path.write_bytes(bad)
         try:
-            envs.read_dataset("Arm-v0", path, KEYS)
+            envs.read_dataset("Grip-v0", path, KEYS)
         except InputError:  # any other error is a fault
             refused += 1
     assert refused > 5
