@@ -471,6 +471,7 @@ OPENVLA = {
     "openvla_bc2": "cloning alone, twice the steps",
 }
 STEADY = {
+    "default": "pointmaze-umaze-play",
     "steady_drawer": "metaworld-drawer-open",
     "steady_door": "metaworld-door-open",
     "steady_push": "metaworld-push",
@@ -593,7 +594,8 @@ def plot_manipulation(runs, path):
 
 def plot_steady(runs, path):
     """Final success per task of `STEADY`, as in plot_manipulation."""
-    groups = {name.removeprefix("steady_"): runs[name] for name in STEADY if name.startswith("steady") and name in runs}
+    names = [name for name in STEADY if name in runs and not name.startswith("calibration")]
+    groups = {name.removeprefix("steady_"): runs[name] for name in names}
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     axis = figure.subplots()
     draw_dots(axis, groups)
