@@ -62,9 +62,7 @@ class Args(common.RunArgs):
     bc_steps: int = 3_000_000  # gradient steps of behaviour cloning
     offline_steps: int = 1_000_000  # critic updates of offline RL; 0: pure online
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
-    online_episodes: int | None = (
-        1000  # episodes, or fewer where online_steps ends it first; either given alone drops the other
-    )
+    online_episodes: int | None = 1000  # episodes, or online_steps if sooner; either given alone drops the other
     batch_size: int = 256  # transitions per update (B)
     # rewards
     discount: float = 0.99  # gamma, per environment step
@@ -107,7 +105,7 @@ class Args(common.RunArgs):
     num_layers: int = 2  # hidden layers
 
 
-SMALL = dict(  # for a laptop's CPU; made for tasks that no other preset knows, of 10,000 to 300,000 transitions
+SMALL = dict(  # for a laptop's CPU, and for tasks that no other preset knows
     num_threads=1, eval_every=2000, log_every=250,
     bc_steps=10_000, offline_steps=4000, online_steps=4000, online_episodes=None, batch_size=64,
     target_rate=0.05, critic_lr=1e-3, critic_ema_rate=0.005, hidden_dims=(128, 128), ensemble_size=2, cql_weight=0.1,
@@ -322,9 +320,8 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = 2**19 // (
-        args.num_keep * args.ensemble_size * max(args.hidden_dims)
-    )  # at once: 2 MB of a hidden layer for the M
+    # at once: 2 MB of a hidden layer for the M
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, *own_part), args)

@@ -94,9 +94,7 @@ class Args(common.RunArgs):
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     offline_steps: int = 10_000  # critic updates of offline RL; 0: pure online
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
-    online_episodes: int | None = (
-        100  # episodes, or fewer where online_steps ends it first; either given alone drops the other
-    )
+    online_episodes: int | None = 100  # episodes, or online_steps if sooner; either given alone drops the other
     batch_size: int = 16  # transitions per update (B)
     # rewards
     discount: float = 0.99  # gamma, per environment step
@@ -1001,9 +999,8 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    states = 2**19 // (
-        args.num_keep * args.ensemble_size * max(args.hidden_dims)
-    )  # at once: 2 MB of a hidden layer for the M
+    # at once: 2 MB of a hidden layer for the M
+    states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
         ascend(critic, part, rerank(critic, part, some, args, *own_part), args)

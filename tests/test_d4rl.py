@@ -302,7 +302,7 @@ def kitchen_file(path, **changes):
 
 
 def load(env_id, path=None):
-    args = parl.Args(**parl.PRESETS[common.family(env_id).replace("antmaze", "antmaze_paper")])
+    args = parl.Args(**parl.PRESETS["antmaze_paper" if env_id.startswith("antmaze") else "kitchen"])
     settings = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
     return envs.load_dataset(env_id, path, *settings), args
 

@@ -268,6 +268,8 @@ def test_two_rewards_may_be_success_and_its_absence(high, flags, tmp_path, capsy
     envs.load_dataset("pointmaze-umaze-play", path)
     hint = f"two rewards, {high - 1:g} and {high:g}; where {high:g} is success, pass --sparse-reward {flags}\n"
     assert hint in capsys.readouterr().out
+    envs.load_dataset("pointmaze-umaze-play", path, 2.0)  # a scale makes the bias another
+    assert f"--reward-bias {0 - 2 * high:g}\n" in capsys.readouterr().out
     envs.load_dataset("pointmaze-umaze-play", path, 1.0, -high, sparse=True)
     assert "two rewards" not in capsys.readouterr().out
 
