@@ -11,6 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import envs
+from benchmark import slalom
 
 ENV_ID = "gymnasium_robotics:FetchPush-v4"  # 50 steps, each costs 1 while the block is 5 cm or more from the goal
 NOISE, MISJUDGED = 0.25, 0.04  # of the actions, standard deviation per step; of the goal per axis, in metres
@@ -39,23 +40,19 @@ def expert(obs, misjudged):
     return np.append(np.clip((target - gripper) / 0.05, -1, 1), 0.0)
 
 
-def demonstrations(num_episodes, seed=0):
-    env, rng, rows = envs.make(ENV_ID), np.random.default_rng(seed), []
-    for episode in range(num_episodes):
-        obs, _ = env.reset(seed=seed + episode)
-        misjudged, sway, truncated = MISJUDGED * rng.standard_normal(2), np.zeros(4), False
-        while not truncated:
-            sway = 0.7 * sway + NOISE * rng.standard_normal(4) * (1, 1, 1, 0.3)
-            action = np.clip(expert(obs, misjudged) + sway, -1, 1).astype(np.float32)
-            following, reward, terminated, truncated, _ = env.step(action)
-            rows.append((obs, action, reward, terminated, truncated, following))
-            obs = following
-    names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-    return {name: np.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+def noisy_expert(rng):
+    """Of one episode: its misjudgement of the goal stays, its noise sways from step to step."""
+    misjudged, sway = MISJUDGED * rng.standard_normal(2), np.zeros(4)
+
+    def act(obs):
+        sway[:] = 0.7 * sway + NOISE * rng.standard_normal(4) * (1, 1, 1, 0.3)
+        return expert(obs, misjudged) + sway
+
+    return act
 
 
 if __name__ == "__main__":
-    data = demonstrations(600)
+    data = slalom.record(envs.make(ENV_ID), noisy_expert, 600, seed=0)
     np.savez_compressed(Path(__file__).with_suffix(".npz"), **data)
     successful = (data["rewards"].reshape(-1, 50) == 0).any(1).mean()
     print(f"{len(data['rewards'])} transitions, {successful:.0%} of the episodes reach the goal")

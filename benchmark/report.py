@@ -572,7 +572,7 @@ def draw_dots(axis, groups):
     for x, runs in enumerate(groups.values()):
         for i, (label, phase, column, colour) in enumerate(finals):
             values = [run.finals()[phase][column] for run in runs.values()]
-            where = x + 0.2 * (i - 1.5) + 0.04 * (np.arange(len(values)) - (len(values) - 1) / 2)
+            where = x + 0.2 * (i - 1.5) + 0.03 * (np.arange(len(values)) - (len(values) - 1) / 2)
             axis.scatter(where, values, s=20, color=colour, alpha=0.7, label=label if x == 0 else None)
             axis.hlines(np.mean(values), where[0] - 0.04, where[-1] + 0.04, color=colour)
     axis.set(ylim=(-0.03, 1.03), xticks=range(len(groups)), xticklabels=groups)

@@ -41,23 +41,34 @@ class Slalom(gym.Env):
 gym.register("Slalom-v0", entry_point=Slalom, max_episode_steps=12)
 
 
-def demonstrations(num_episodes, seed=0):
-    """Diagonally past a pillar, on a side drawn afresh at each, and back to the middle, with Gaussian noise."""
-    env, rng, rows = gym.make("Slalom-v0"), np.random.default_rng(seed), []
+def record(env, expert, num_episodes, seed):
+    """The arrays of a dataset file (see envs/files.py): episodes of expert(rng), which returns act(obs) for each."""
+    rng, rows = np.random.default_rng(seed), []
     for episode in range(num_episodes):
-        obs, _ = env.reset(seed=seed + episode)
+        (obs, _), act = env.reset(seed=seed + episode), expert(rng)
         terminated = truncated = False
         while not (terminated or truncated):
-            node = max(round(float(obs[0]) - 0.25), 0)  # before pillar `node`, or beside it
-            beside = obs[0] > node + 0.25
-            target = np.array([node + 1.0, 0.0] if beside else [node + 0.5, 0.5 * rng.choice([-1, 1])])
-            action = (target - obs) / STRIDE + 0.07 * rng.standard_normal(2)
-            action = np.clip(action, -1, 1).astype(np.float32)
+            action = np.clip(act(obs), -1, 1).astype(np.float32)
             following, reward, terminated, truncated, _ = env.step(action)
             rows.append((obs, action, reward, terminated, truncated, following))
             obs = following
     names = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
     return {name: np.stack(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def demonstrations(num_episodes, seed=0):
+    """Diagonally past a pillar, on a side drawn afresh at each, and back to the middle, with Gaussian noise."""
+
+    def expert(rng):
+        def act(obs):
+            node = max(round(float(obs[0]) - 0.25), 0)  # before pillar `node`, or beside it
+            beside = obs[0] > node + 0.25
+            target = np.array([node + 1.0, 0.0] if beside else [node + 0.5, 0.5 * rng.choice([-1, 1])])
+            return (target - obs) / STRIDE + 0.07 * rng.standard_normal(2)
+
+        return act
+
+    return record(gym.make("Slalom-v0"), expert, num_episodes, seed)
 
 
 if __name__ == "__main__":
