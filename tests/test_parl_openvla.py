@@ -131,6 +131,16 @@ def transitions(num):
     return batch | {"rewards": -torch.ones(num), "masks": torch.ones(num), "mc_returns": -50 * torch.ones(num)}
 
 
+def test_a_draw_that_acts_follows_from_its_seed(critic):
+    """Else an evaluation would not be the same twice. Without seeds it is torch's generator that draws."""
+    args = parl.Args(**{**vars(ARGS), "act_draw": True})
+    obs = {"image": images(64).numpy(), "instruction": [""] * 64}
+    seeds = [(3, step) for step in range(64)]
+    torch.manual_seed(0)
+    one, two, other = (parl.act(FixedPolicy(), critic, obs, args, given) for given in (seeds, seeds, None))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
 def test_critic_update_encodes_a_state_once_and_moves_its_image(critic, monkeypatch):
     encoded, moved, shift = count_encoded(monkeypatch), [], parl.random_shift
     monkeypatch.setattr(parl, "random_shift", lambda x, args: moved.append(x) or shift(x, args))
