@@ -20,6 +20,7 @@ import parl_transformer  # noqa: E402
 CLASSES = {
     "gaussian": (parl_gaussian, "GaussianPolicy"),
     "diffusion": (parl_diffusion, "DiffusionPolicy"),
+    "flow": (parl_diffusion, "DiffusionPolicy"),
     "tokens": (parl_transformer, "TransformerPolicy"),
     "continuous": (parl_transformer, "TransformerPolicy"),
 }
@@ -40,7 +41,7 @@ def samples(run, module, class_name, num_samples=400):
 def main():
     data = np.load(HERE / "slalom.npz")
     near = np.linalg.norm(data["observations"] - STATE, axis=1) < 0.1
-    figure = matplotlib.figure.Figure(figsize=(11, 4.8), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(13, 4.8), layout="constrained")
     axes = figure.subplots(2, len(CLASSES), sharex=True, sharey=True)
     for row, (prefix, title) in enumerate({"slalom_cloned_": "cloned", "slalom_": "after PA-RL"}.items()):
         for axis, (name, (module, class_name)) in zip(axes[row], CLASSES.items(), strict=True):

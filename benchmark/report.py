@@ -445,6 +445,7 @@ POINTMAZE = {
     "continuous": "`python parl_transformer.py --head continuous`",
     "slalom_gaussian": "slalom (multimodal demonstrations): `parl_gaussian.py`, flags in slalom.txt",
     "slalom_diffusion": "slalom: `parl_diffusion.py`",
+    "slalom_flow": "slalom: `parl_diffusion.py --objective flow`",
     "slalom_tokens": "slalom: `parl_transformer.py --head tokens`",
     "slalom_continuous": "slalom: `parl_transformer.py --head continuous`",
     "medium": "pointmaze-medium-play: `--env-id pointmaze-medium-play --batch-size 256 --online-steps 700`",
