@@ -209,7 +209,7 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("alphas", 1 - betas, persistent=False)
         self.register_buffer("alpha_bars", torch.cumprod(1 - betas, 0), persistent=False)
 
-    def predict_noise(self, obs, noisy_actions, steps):
+    def predict(self, obs, noisy_actions, steps):
         """obs (..., O), noisy_actions (..., A), steps (..., 1) in 0 .. diffusion_steps - 1 -> noise (..., A).
 
         Of a flow: steps (..., 1) are times in [0, 1] -> velocity (..., A).
@@ -240,7 +240,7 @@ class DiffusionPolicy(nn.Module):
         obs = obs[:, None].expand(-1, actions.shape[1], -1)  # (B, K, O)
         for step in reversed(range(self.num_steps)):
             beta, alpha, alpha_bar = self.betas[step], self.alphas[step], self.alpha_bars[step]
-            predicted = self.predict_noise(obs, actions, torch.full((1,), step, device=obs.device))
+            predicted = self.predict(obs, actions, torch.full((1,), step, device=obs.device))
             actions = (actions - (1 - alpha) / (1 - alpha_bar).sqrt() * predicted) / alpha.sqrt()
             if step > 0:
                 actions = actions + beta.sqrt() * fresh_noise[step - 1]
@@ -253,7 +253,7 @@ class DiffusionPolicy(nn.Module):
         obs = obs[:, None].expand(-1, actions.shape[1], -1)  # (B, K, O)
         for step in range(self.num_steps):
             time = torch.full((1,), step / self.num_steps, device=obs.device)
-            actions = actions + self.predict_noise(obs, actions, time) / self.num_steps
+            actions = actions + self.predict(obs, actions, time) / self.num_steps
         return actions.clamp(-1, 1)
 
     def loss(self, obs, actions, steps=None, noise=None):
@@ -274,7 +274,7 @@ class DiffusionPolicy(nn.Module):
         else:
             alpha_bar = self.alpha_bars[steps]  # (B, 1)
             noisy_actions, target = alpha_bar.sqrt() * actions + (1 - alpha_bar).sqrt() * noise, noise
-        return (self.predict_noise(obs, noisy_actions, steps) - target).square().sum(-1).mean()
+        return (self.predict(obs, noisy_actions, steps) - target).square().sum(-1).mean()
 
 
 # ======================================== CRITIC ========================================

@@ -88,7 +88,7 @@ def test_actions_are_clipped_at_the_end_alone(monkeypatch):
         seen.append(actions)
         return torch.full_like(actions, 8.0 if times.item() < 0.5 else -8.0)
 
-    monkeypatch.setattr(policy, "predict_noise", there_and_back)
+    monkeypatch.setattr(policy, "predict", there_and_back)
     noise = torch.linspace(-1.5, 1.5, 6).reshape(1, 1, 3, 2)
     actions = policy.integrate(torch.zeros(1, 3), noise)
     torch.testing.assert_close(actions, noise[:, 0].clamp(-1, 1), atol=1e-5, rtol=0)
@@ -103,7 +103,7 @@ def test_every_row_has_a_time_and_noise_of_its_own(monkeypatch):
         seen.append((noisy_actions, times))
         return torch.zeros_like(noisy_actions)
 
-    monkeypatch.setattr(policy, "predict_noise", record)
+    monkeypatch.setattr(policy, "predict", record)
     loss = policy.loss(torch.zeros(5000, 3), torch.zeros(5000, 2))
     noisy_actions, times = seen[0]
     assert times.shape == (5000, 1)

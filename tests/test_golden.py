@@ -185,7 +185,7 @@ def test_ddpm_network_sampling_chain_and_loss(golden, monkeypatch):
     policy, target = load_policy(data, "params"), load_policy(data, "target_params").eval()
     for network, expected in ((policy, "eps_out_params"), (target, "eps_out_target_params")):
         steps = tensor(data["eps_in_t"]).reshape(-1, 1)
-        close(network.predict_noise(tensor(data["obs"]), tensor(data["eps_in_x"]), steps), data[expected])
+        close(network.predict(tensor(data["obs"]), tensor(data["eps_in_x"]), steps), data[expected])
 
     # noise (B, diffusion_steps, K, A): the start at index 0, what is added after denoising step t at index t
     added = data["sample_noise_steps"][::-1]  # t = 0 .. 4

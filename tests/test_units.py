@@ -584,7 +584,7 @@ def test_diffusion_draws_a_step_of_its_own_for_every_row(monkeypatch):
         seen.append((noisy_actions, steps))
         return torch.zeros_like(noisy_actions)
 
-    monkeypatch.setattr(policy, "predict_noise", record)
+    monkeypatch.setattr(policy, "predict", record)
     loss = policy.loss(torch.zeros(5000, 4), torch.zeros(5000, 2))
     noisy_actions, steps = seen[0]
     frequencies = torch.bincount(steps[:, 0], minlength=5) / 5000
