@@ -275,14 +275,15 @@ def sample_both(offline, online, num_offline, num_online, generator, chunk=1, di
 EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the integers after it
 
 
-def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
+def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda: None):
     """One episode per seed, each run to its end; the result does not depend on how many `envs` there are.
 
     act(obs (N, O), keys) -> actions (N, A) in [-1, 1], or chunks of them (N, h * A) that are carried out one step after
     the other before act is asked again; keys[i] = (episode seed, step) seeds what is random in row i.
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
     success (at any step). Observations are float32, or images as they are.
-    batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number.
+    batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number. on_end(): called at
+    the end of each episode.
     Raises FloatingPointError for an observation, reward or action that is not finite, before an action is sent.
     """
     episodes = [Episode(envs[k % len(envs)], int(seed)) for k, seed in enumerate(seeds)]
@@ -303,6 +304,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None):
         for i, episode in list(running.items()):
             if episode.step(render=bool(video_dir)):
                 del running[i]
+                on_end()
     if video_dir:
         for episode in episodes:
             write_video(Path(video_dir) / f"episode-{episode.seed}.mp4", episode.frames)
@@ -372,13 +374,13 @@ def num_envs(args):
     return max(1, min(10, args.num_eval_episodes)) if family(args.env_id) else 1
 
 
-def evaluate(envs, act, num_episodes, prefix="eval/"):
+def evaluate(envs, act, num_episodes, prefix="eval/", on_end=lambda: None):
     """Means over `num_episodes` fixed seeds: {prefix + success_rate, return, length, steps_to_goal}, the last over
-    successful episodes only and absent where there are none; {} for 0 episodes. envs, act: see `run_episodes`."""
+    successful episodes only and absent where there are none; {} for 0 episodes. envs, act, on_end: `run_episodes`'s."""
     if num_episodes == 0:
         return {}
     batch_size = 10 if len(envs) > 1 else 1  # one robot does not wait for ten states' actions
-    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes), batch_size=batch_size)
+    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes), batch_size, on_end=on_end)
     lengths = {success: [len(e["rewards"]) for e in episodes if e["success"] == success] for success in (True, False)}
     means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
     means |= {"return": np.mean([e["rewards"].sum() for e in episodes])}
@@ -395,10 +397,12 @@ def evaluate_agent(envs, agent, run, args, guard=lambda act: act):
     agent: has act_raw and act, see `run_episodes`; guard(act): what is called in its place. With --capture-video three
     episodes are left in the run's folder, of the optimised policy once there is one.
     """
-    row = evaluate(envs, guard(agent.act_raw), args.num_eval_episodes, "eval/policy_")
-    if has_critic := run.counters.phase != "bc":
-        row |= evaluate(envs, guard(agent.act), args.num_eval_episodes, "eval/")
-    if args.capture_video and args.num_eval_episodes:
+    has_critic, number = run.counters.phase != "bc", args.num_eval_episodes
+    with bar("evaluation", "episodes", number * (1 + has_critic), leave=False, delay=2) as progress:
+        row = evaluate(envs, guard(agent.act_raw), number, "eval/policy_", progress.update)
+        if has_critic:
+            row |= evaluate(envs, guard(agent.act), number, "eval/", progress.update)
+    if args.capture_video and number:
         folder = run.directory / "videos" / f"{run.counters.phase}-{run.counters.gradient_step}"
         actor = guard(agent.act if has_critic else agent.act_raw)
         run_episodes(envs[:3], actor, EVALUATION_SEED + np.arange(3), video_dir=folder)
@@ -433,6 +437,7 @@ class Counters:
         self.before, self.is_last = 0, True  # the phase's steps before this one; is it the phase's last?
         self.collected = {}  # the columns of an online episode whose updates are not all done
         self.updated = {}  # and how many of them are
+        self.progress = None  # of the online phase
         clones = args.bc_steps and not args.policy_checkpoint
         self.owes_evaluation = bool(args.num_eval_episodes and not clones)  # of the policy that it starts from
 
@@ -453,11 +458,11 @@ class Counters:
         in_episodes = self.args.online_steps is None
         limit = ("episodes", self.episode, self.args.online_episodes)
         limit = limit if in_episodes else ("environment steps", self.env_step, self.args.online_steps)
-        with Progress("online", *limit) as progress:
+        with Progress("online", *limit) as self.progress:
             while self.collected or not self.is_enough():
                 self.phase, self.before = "online", self.done["online"]
                 yield reset_seed(self.args.seed, 3, self.episode)
-                progress.reach(self.episode if in_episodes else self.env_step)
+                self.progress.reach(self.episode if in_episodes else self.env_step)
 
     def then_online(self, seconds):
         """What the seconds of an offline update tell of the online phase: there the critic's take no less, for samples
@@ -475,9 +480,20 @@ class Counters:
 
     def updates(self, name, number):
         """The indices of the updates after an episode that are left; before each, a checkpoint can be taken."""
-        for index in range(self.updated.get(name, 0), number):
-            yield index
-            self.updated[name] = index + 1
+        first, began = self.updated.get(name, 0), time.perf_counter()
+        title = f"episode {self.episode + 1}, {name}"
+        with bar(title, "updates", number, initial=first, leave=False, delay=2) as progress:
+            for index in range(first, number):
+                yield index
+                self.updated[name] = index + 1
+                progress.update()
+                if name == "critic" and index == 19 and not (first or self.progress.has_estimate):
+                    self.estimate(began, (time.perf_counter() - began) / 20 * number)
+
+    def estimate(self, began, seconds):
+        """What is left online, where the first episode's critic updates `began` then and take so many seconds."""
+        steps = self.collected["train/length"] if self.args.online_steps is not None else 1
+        self.progress.estimate((began - self.progress.began + seconds) / steps)
 
     def end_episode(self, num_updates):
         """Count the episode that was collected and the critic updates that followed. Returns its columns."""
@@ -493,7 +509,7 @@ class Counters:
         return self.is_last or self.before // every < self.done[self.phase] // every
 
     def state_dict(self):
-        state = {name: value for name, value in vars(self).items() if name != "args"}
+        state = {name: value for name, value in vars(self).items() if name not in ("args", "progress")}
         return state | {"done": dict(self.done), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state):
@@ -502,19 +518,17 @@ class Counters:
 
 
 class Progress:
-    """A progress bar where there is a terminal, else a line every three minutes. Soon after its start it says how long
-    the rest will take: after 20 updates, of which the first, which may compile, is not timed; after an online episode.
+    """A progress bar that soon says how long the rest will take: after 20 updates, of which the first, which may
+    compile, is not timed; online after 20 critic updates of the first episode, or after that episode.
 
     then(seconds): what one of its steps, of so many seconds, tells of what comes after.
     """
 
     def __init__(self, name, unit, initial, total, then=lambda seconds: ""):
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, initial=initial, desc=name, unit=unit, disable=None)
-        self.name, self.unit, self.initial, self.total, self.then = name, unit, initial, total, then
-        self.last_line, self.has_estimate = time.perf_counter(), False
-        self.began = None if unit == "updates" else self.last_line
+        self.bar = bar(name, unit, total, initial=initial)
+        self.name, self.unit, self.number, self.total, self.then = name, unit, initial, total, then
+        self.initial, self.has_estimate = initial, False
+        self.began = None if unit == "updates" else time.perf_counter()
 
     def __enter__(self):
         return self
@@ -523,19 +537,20 @@ class Progress:
         self.bar.close()
 
     def reach(self, number):
-        self.bar.update(number - self.bar.n if not self.bar.disable else 0)
-        now = time.perf_counter()
+        self.bar.update(number - self.number)
+        self.number = number
         if self.began is None:
-            self.began, self.initial = now, number
-        elif not self.has_estimate and (self.unit != "updates" or number - self.initial >= 19):
-            seconds, left = (now - self.began) / (number - self.initial), self.total - number
-            if seconds * left > 60:
-                rest = f"about {in_words(seconds * left)} for {left} more {self.unit}{self.then(seconds)}"
-                print_past_bars(f"{self.name}: {rest}; without evaluations")
-            self.has_estimate = True
-        if self.bar.disable and now - self.last_line > 180:
-            print(f"{self.name}: {number} of {self.total} {self.unit}", flush=True)
-            self.last_line = now
+            self.began, self.initial = time.perf_counter(), number
+        elif self.unit != "updates" or number - self.initial >= 19:
+            self.estimate((time.perf_counter() - self.began) / (number - self.initial))
+
+    def estimate(self, seconds):
+        """Say once, where it is more than a minute, what is left at so many seconds a step."""
+        left = self.total - self.number
+        if not self.has_estimate and seconds * left > 60:
+            rest = f"about {in_words(seconds * left)} for {left} more {self.unit}{self.then(seconds)}"
+            print_past_bars(f"{self.name}: {rest}; without evaluations")
+        self.has_estimate = True
 
 
 def in_words(seconds):
@@ -685,13 +700,17 @@ class Log:
 def print_past_bars(text):
     from tqdm import tqdm
 
-    tqdm.write(text)
+    tqdm.write(text) if sys.stderr.isatty() else print(text, flush=True)
 
 
-def with_bar(items, name):
+def bar(name, unit, total, **options):
+    """tqdm's progress bar; where there is no terminal, a line every three minutes."""
     from tqdm import tqdm
 
-    return tqdm(items, name, leave=False, disable=None)
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}, about {remaining} left\n"
+        options |= dict(mininterval=180, miniters=1, delay=180, position=0, bar_format=line, leave=False)
+    return tqdm(desc=name, unit=unit, total=total, **options)
 
 
 def read_metrics(path):

@@ -493,16 +493,21 @@ class SampleCache:
     NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch, but for its OpenVLA).
     """
 
-    def __init__(self, policy, states, act_dim, args):
+    def __init__(self, policy, states, act_dim, args, stop=None):
         self.policy, self.num_samples, self.actions = policy, args.num_samples, None
         gigabytes = 2e-9 * len(states) * args.num_samples * act_dim
         if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
             return
-        with torch.random.fork_rng():
+        self.actions = torch.zeros(len(states), args.num_samples, act_dim, dtype=torch.float16, device=states.device)
+        size = max(1, 8192 // args.num_samples)  # states at once
+        with torch.random.fork_rng(), common.Progress("samples", "states", 0, len(states)) as progress:
             torch.manual_seed(args.seed)
-            chunks = states.split(max(1, 8192 // args.num_samples))
-            samples = [policy.sample(chunk, args.num_samples).half() for chunk in common.with_bar(chunks, "samples")]
-            self.actions = torch.cat(samples)  # (S, K, A)
+            for start in range(0, len(states), size):
+                if stop and stop.asked:
+                    return  # the run ends before they are used
+                rows = slice(start, start + size)
+                self.actions[rows] = policy.sample(states[rows], args.num_samples)
+                progress.reach(min(start + size, len(states)))
 
     def samples(self, batch):
         """(2B, K, A), at the batch's obs and next_obs."""
@@ -666,7 +671,8 @@ def train(args: Args) -> Path:
         end_update()
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
-    cache = agent.cache_samples() if counters.done["offline"] < args.offline_steps else None
+    cache = agent.cache_samples(stop) if counters.done["offline"] < args.offline_steps else None
+    stop_if_asked()
     for step in counters.steps("offline", args.offline_steps):
         with log.timed("time/critic_ms"):
             log.add(agent.improve_critic(step, args.batch_size, cache))
@@ -798,9 +804,9 @@ class Agent:
         move_average(self.critic_ema, self.critic, rate)
         return info
 
-    def cache_samples(self):
+    def cache_samples(self, stop=None):
         states = self.normalized(self.dataset.states[: self.dataset.num_states])
-        return SampleCache(self.policy_ema, states, self.act_dim, self.args)
+        return SampleCache(self.policy_ema, states, self.act_dim, self.args, stop)
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
-from common import InputError, endless_failure, mc_returns
+from common import InputError, bar, endless_failure, mc_returns
 
 # the last one is optional
 DATASET_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
@@ -95,9 +94,9 @@ def download(url, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as file:
             size = response.length
-            with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+            with bar(path.name, "B", size, unit_scale=True) as progress:
                 while block := response.read(1 << 20):
-                    bar.update(file.write(block))
+                    progress.update(file.write(block))
         if size not in (None, partial.stat().st_size):
             raise OSError(f"the connection ended after {partial.stat().st_size} of {size} bytes")
         if not is_right(partial):

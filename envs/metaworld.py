@@ -13,8 +13,8 @@ import mujoco
 import numpy as np
 from metaworld.env_dict import ENV_CLS_MAP
 from metaworld.policies import ENV_POLICY_MAP
-from tqdm import tqdm
 
+from common import bar
 from envs import files, opengl, unknown_id
 
 INSTRUCTIONS = {  # task: what a language-conditioned policy is told
@@ -247,7 +247,7 @@ def generate(env_id, num_transitions, seed=0, image_size=0):
     observations are images."""
     data = {name: [] for name in files.DATASET_KEYS}
     num_steps, successes = 0, []
-    with tqdm(total=num_transitions, desc=f"making {env_id} data", unit="step", disable=None) as bar:
+    with bar(f"making {env_id} data", "steps", num_transitions) as progress:
         for episode in demonstrations(env_id, seed, image_size):
             ends = np.arange(len(episode["actions"])) == len(episode["actions"]) - 1
             observations = episode["images" if image_size else "observations"]
@@ -259,7 +259,7 @@ def generate(env_id, num_transitions, seed=0, image_size=0):
             data["timeouts"].append(ends & (not episode["success"]))
             successes.append(episode["success"])
             num_steps += len(ends)
-            bar.update(len(ends))
+            progress.update(len(ends))
             if num_steps >= num_transitions:
                 break
     print(f"{env_id}: {np.mean(successes):.0%} of {len(successes)} demonstrations succeed")

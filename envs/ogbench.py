@@ -24,9 +24,8 @@ from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
 from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
 from ogbench.relabel_utils import relabel_dataset
 from ogbench.utils import DATASET_URL
-from tqdm import tqdm
 
-from common import InputError
+from common import InputError, bar
 from envs import files, opengl, unknown_id
 
 DATASET_KINDS = {
@@ -210,7 +209,7 @@ def make_dataset(env_id, num_episodes, episode_steps, seed=0):
     rows, total = [], num_episodes * episode_steps
     with (
         drawing_from(np.random.RandomState(seed)),  # for OGBench's oracles
-        tqdm(total=total, desc=f"making {env_id} data", unit="step", disable=None) as bar,
+        bar(f"making {env_id} data", "steps", total) as progress,
     ):
         for _ in range(num_episodes):
             obs, info = env.reset(seed=int(rng.integers(2**31)))
@@ -219,7 +218,7 @@ def make_dataset(env_id, num_episodes, episode_steps, seed=0):
                 next_obs, _, _, _, info = env.step(action)
                 rows.append((obs, action, step == episode_steps, info["prev_qpos"]))
                 obs = next_obs
-            bar.update(episode_steps)
+            progress.update(episode_steps)
     columns = zip(("observations", "actions", "terminals", "qpos"), zip(*rows, strict=True), strict=True)
     return {name: np.stack(values).astype(np.float32) for name, values in columns}
 

@@ -7,8 +7,8 @@ from collections import deque
 
 import gymnasium as gym
 import numpy as np
-from tqdm import tqdm
 
+from common import bar
 from envs import files, opengl, unknown_id
 
 # name: (gymnasium-robotics map, start cell, goal cell, steps to the time limit, transitions of the embedded dataset)
@@ -110,7 +110,7 @@ def generate_pointmaze(env_id, num_transitions, seed=0):
     env, rng = PointMaze(env_id), np.random.default_rng(seed)
     cells = [tuple(cell) for cell in np.argwhere(~env.walls)]
     rows = []
-    with tqdm(total=num_transitions, desc=f"making {env_id} data", unit="step", disable=None) as bar:
+    with bar(f"making {env_id} data", "steps", num_transitions) as progress:
         while len(rows) < num_transitions:
             cell, noise = cells[rng.integers(len(cells))], rng.uniform(0.3, 2.0)
             obs, _ = env.reset(seed=int(rng.integers(2**31)), options={"cell": cell})
@@ -126,7 +126,7 @@ def generate_pointmaze(env_id, num_transitions, seed=0):
                 length += 1
                 rows.append((obs, action, np.float32(reward), terminated, not terminated and length == 200, next_obs))
                 obs = next_obs
-            bar.update(length)
+            progress.update(length)
     columns = zip(files.DATASET_KEYS, zip(*rows, strict=True), strict=True)
     return {name: np.stack(values) for name, values in columns}
 

@@ -74,6 +74,36 @@ def test_online_is_told_after_an_episode(clock, capsys):
         assert line.startswith(f"online: about 7.5 minutes for {rest}")
 
 
+def test_online_is_told_after_20_critic_updates_of_a_long_episode(clock, capsys):
+    """After the episode it may be hours late; at the pace of the distillation, which comes first, a fifth."""
+    where, told = counters(online_steps=1000), []
+    for _ in where.episodes():
+        clock.now += 10.0
+        where.collected = {"train/length": 100.0, "train/success": 0.0}
+        for _ in where.updates("distillation", 100):
+            clock.now += 1.0
+        for index in where.updates("critic", 100):
+            clock.now += 5.0
+            told += [(where.episode, index, line) for line in lines(capsys)]
+        where.end_episode(100)
+    line = "online: about 102 minutes for 1000 more environment steps; without evaluations"  # 6100 seconds
+    assert told == [(0, 20, line)]
+
+
+def test_without_a_terminal_a_line_follows_every_three_minutes(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with common.bar("samples", "states", 1000) as bar:
+        bar._time = lambda: now[0]
+        for _ in range(1000):
+            now[0] += 1.0
+            bar.update()
+    told = [line.strip() for line in capsys.readouterr().err.split("\n") if "of" in line]
+    assert [line.split(" ")[1] for line in told] == ["180", "360", "540", "720", "900"]
+    assert told[0] == "samples: 180 of 1000 states, about 13:40 left"
+
+
 # ---------------------------------------------------------------- the script for a cluster
 
 

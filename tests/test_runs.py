@@ -240,6 +240,28 @@ def test_stopped_in_the_distillation_after_offline_rl(monkeypatch, tmp_path):
     assert_same(load(tmp_path / "stopped"), load(tmp_path / "whole"))
 
 
+def test_stopped_while_the_cache_is_drawn(monkeypatch, tmp_path):
+    """It may take long. The samples are left, and drawn anew by the run that goes on."""
+    module, flags, calls = importlib.import_module("parl_diffusion"), [*SMALL, "--online-steps", 0], []
+    flags += ["--batch-size", 600, "--num-eval-episodes", 0]  # which touches as many states as there are
+    run_here("parl_diffusion", *flags, "--run-dir", tmp_path / "whole")
+    sample = module.DiffusionPolicy.sample
+
+    def interrupted(*arguments):
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*arguments)
+
+    monkeypatch.setattr(module.DiffusionPolicy, "sample", interrupted)
+    with pytest.raises(SystemExit, match="143"):
+        run_here("parl_diffusion", *flags, "--run-dir", tmp_path / "stopped")
+    assert len(calls) == 1 and steps_done(tmp_path / "stopped", "offline") == 0
+    monkeypatch.undo()
+    run_here("parl_diffusion", "--resume", tmp_path / "stopped")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    assert_same(load(tmp_path / "stopped"), load(tmp_path / "whole"))
+
+
 def test_a_second_signal_does_not_wait(monkeypatch, tmp_path):
     module = importlib.import_module("parl_gaussian")
 
