@@ -64,7 +64,9 @@ def start(args):
 
 
 def compiled(function, **options):
-    """torch.compile(function, **options) that captures the gradients taken inside of it as well."""
+    """torch.compile(function, **options) that captures the gradients taken inside of it as well. Raises InputError."""
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise InputError(f"--compile: torch {torch.__version__} cannot capture an update; expected 2.13 or later")
     torch._dynamo.config.trace_autograd_ops = True
     return torch.compile(function, **options)
 
@@ -1018,7 +1020,8 @@ class RunArgs:
 
 
 FAMILIES = {  # --env-id: the key of its family in a script's PRESETS
-    "pointmaze-*-play": "pointmaze",
+    "pointmaze-umaze-play": "pointmaze",
+    "pointmaze-*-play": "pointmaze_large",
     "antmaze-*-v2": "antmaze",
     "kitchen-*-v0": "kitchen",
     "metaworld-*": "metaworld",

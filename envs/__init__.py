@@ -26,6 +26,7 @@ from envs.files import one_line
 
 MODULES = {  # common.family(env_id): module of this folder
     "pointmaze": "pointmaze",
+    "pointmaze_large": "pointmaze",
     "antmaze": "d4rl",
     "kitchen": "d4rl",
     "metaworld": "metaworld",

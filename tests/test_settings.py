@@ -54,6 +54,10 @@ PRESETS = {
         bc_steps=8000, offline_steps=2000, online_steps=500, batch_size=128, target_rate=0.02, critic_ema_rate=0.01,
         distill_lr=3e-4, policy_ema_rate=0.01,
     ),
+    "pointmaze_large": SMALL | dict(
+        sparse_reward=True, reward_bias=-1.0, discount=0.98, eval_every=1000, log_every=100,
+        bc_steps=8000, offline_steps=4000, online_steps=1500, batch_size=128, target_rate=0.01, hidden_dims=(256, 256),
+    ),
     "metaworld": SMALL | dict(sparse_reward=True, reward_bias=-1.0),
     "ogbench": SMALL | dict(
         sparse_reward=True, bc_steps=20_000, offline_steps=10_000, hidden_dims=(256, 256), cql_weight=0.3, width=128,
@@ -93,7 +97,7 @@ def test_a_preset_by_name(script):
         assert getattr(named, name, value) == value
     assert parsed(script, "--num-keep", 2, "--preset", "small").num_keep == 2
     maze = parsed(script, "--env-id", "pointmaze-medium-play")
-    assert (maze.preset, maze.discount, maze.sparse_reward) == ("pointmaze", 0.98, True)
+    assert (maze.preset, maze.discount, maze.sparse_reward) == ("pointmaze_large", 0.98, True)
     other = parsed(script, "--env-id", "pointmaze-medium-play", "--preset", "metaworld")  # replaces the family's
     assert (other.preset, other.discount) == ("metaworld", 0.99)
 
