@@ -69,13 +69,13 @@ from typing import Literal
 
 import gymnasium as gym
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
@@ -579,21 +579,17 @@ def load_policy(act_dim, args, device):
     check_kind(folder)
     sizes, statistics = read_config(folder, args.unnorm_key)
     if len(statistics["q01"]) != act_dim:
-        raise InputError(
-            f"--checkpoint {folder}: actions have {len(statistics['q01'])} dimensions there (--unnorm-key); expected "
-            f"the environment's {act_dim}"
-        )
+        there = f"actions have {len(statistics['q01'])} dimensions there (--unnorm-key)"
+        raise InputError(f"--checkpoint {folder}: {there}; expected the environment's {act_dim}")
     with torch.device("meta"):  # shapes alone
         policy = OpenVLAPolicy(act_dim, args, sizes, statistics, read_tokenizer(folder))
-    num_parameters = sum(parameter.numel() for parameter in policy.parameters())
-    if device.type == "cpu" and num_parameters > 1e9:
-        raise InputError(
-            f"--checkpoint {folder}: {num_parameters / 1e9:.1f}e9 parameters; expected --device cuda with "
-            f"{2e-9 * num_parameters:.0f} GB of memory for them in bfloat16, and more for what is computed"
-        )
+    billions = sum(parameter.numel() for parameter in policy.parameters()) / 1e9
+    if device.type == "cpu" and billions > 1:
+        expected = f"expected --device cuda with {2 * billions:.0f} GB for them in bfloat16, and more to compute"
+        raise InputError(f"--checkpoint {folder}: {billions:.1f}e9 parameters; {expected}")
     folder = checkpoint_folder(args.checkpoint)
     load_weights(policy, folder, getattr(torch, args.dtype), device)
-    policy.base = {"checkpoint": args.checkpoint, "index_sha256": index_sha256(folder)}
+    policy.base = {"checkpoint": args.checkpoint, "sha256": fingerprint(folder)}
     if args.lora_rank:
         policy.add_lora(args.lora_rank, args.lora_alpha)
     return policy
@@ -611,12 +607,9 @@ def checkpoint_folder(name, patterns=(*CONFIGS, "*.safetensors")):
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"--checkpoint {name}: no such folder, and no download from the hub: {first_line(error)}"
-        ) from error
-    except huggingface_hub.errors.HFValidationError as error:
-        raise InputError(f"--checkpoint {name}: expected a folder, or a hub name such as openvla/openvla-7b") from error
+    except (OSError, ValueError) as error:  # no connection or repository; no name of one
+        expected = "expected a folder, or a hub name such as openvla/openvla-7b"
+        raise InputError(f"--checkpoint {name}: {expected} ({first_line(error)})") from error
 
 
 def first_line(error):
@@ -630,14 +623,17 @@ def read_json(path):
         raise InputError(f"--checkpoint {path.parent}: cannot read {path.name} ({error})") from error
 
 
-# Names of files, flags and tensors of OpenVLA-OFT's fine-tunes; endings of tensors that bitsandbytes, GPTQ and AWQ add
+# What config.json and preprocessor_config.json say, where they do, of OpenVLA's own
+SETTINGS = {"vision_backbone_id": "dinosiglip-vit-so-224px", "n_action_bins": ACTION_BINS, "quantization_config": None}
+SETTINGS |= {"image_resize_strategy": "resize-naive", "text_config model_type": "llama"}
+SETTINGS |= {"text_config hidden_act": "silu", "text_config rope_scaling": None}
+# Names of files, flags and tensors of OpenVLA-OFT's fine-tunes
 OFT = "action_head|proprio_projector|action_projector|actions?_chunk|l1_regression|use_diffusion|use_film|backbone--"
-QUANTIZED = r"\.(SCB|absmax|quant_map|quant_state.*|weight_format|qweight|qzeros|scales)$"
 
 
 def check_kind(folder):
     """Raises InputError, naming what was found, for another kind of checkpoint than OpenVLA's own: with adapters apart,
-    pickled weights alone, quantised weights, OFT's chunks, images resized in another way."""
+    pickled weights alone, OFT's chunks, other settings (quantised weights, images resized in another way)."""
     names = sorted(path.name for path in folder.iterdir())
     if apart := [name for name in names if re.fullmatch(r"adapter(_model|_config|s)\.(safetensors|bin|json)", name)]:
         how = "ours with merge_adapters, peft's with PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload()"
@@ -646,20 +642,19 @@ def check_kind(folder):
     if pickled and not any(name.startswith("model") and ".safetensors" in name for name in names):
         how = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
         raise InputError(f"--checkpoint {folder}: has {pickled[0]} and no safetensors; convert it first: {how}")
-    config = read_json(folder / "config.json")
-    if quantized := config.get("quantization_config"):
-        raise InputError(f"--checkpoint {folder}: config.json has quantization_config {quantized}; expected floats")
-    official = folder / "modeling_prismatic.py"
+    config, official = read_json(folder / "config.json"), folder / "modeling_prismatic.py"
     options = [name for name, value in config.items() if value not in (None, False, 0, 1)]
     found = [name for name in names + options if re.search(OFT, name)]
     if official.is_file() and "NUM_ACTIONS_CHUNK" in official.read_text(errors="replace"):
         found.append("NUM_ACTIONS_CHUNK in modeling_prismatic.py")
     if found:
         raise InputError(f"--checkpoint {folder}: has {found[0]}, as of OpenVLA-OFT; expected one action, in tokens")
-    for name in ("config.json", "preprocessor_config.json"):
-        how = read_json(folder / name).get("image_resize_strategy") if name in names else None
-        if how not in (None, "resize-naive"):
-            raise InputError(f"--checkpoint {folder}: {name} has image_resize_strategy {how}; expected resize-naive")
+    for file in [name for name in names if name in ("config.json", "preprocessor_config.json")]:
+        config = read_json(folder / file)
+        config |= {f"text_config {name}": value for name, value in config.get("text_config", {}).items()}
+        for name, expected in SETTINGS.items():
+            if config.get(name, expected) != expected:
+                raise InputError(f"--checkpoint {folder}: {file} has {name} {config[name]}; expected {expected}")
 
 
 def read_config(folder, unnorm_key):
@@ -667,21 +662,14 @@ def read_config(folder, unnorm_key):
 
     A dataset_statistics.json beside a fine-tuned checkpoint counts instead of the config's.
     """
-    config = read_json(folder / "config.json")
-    expected = {"vision_backbone_id": "dinosiglip-vit-so-224px", "n_action_bins": ACTION_BINS}
-    for name, value in expected.items():
-        if config.get(name) != value:
-            raise InputError(f"--checkpoint {folder}: config.json has {name} {config.get(name)}; expected {value}")
-    text_config, known = config.get("text_config") or {}, {field.name for field in dataclasses.fields(Sizes)}
-    for name, value in {"model_type": "llama", "hidden_act": "silu", "rope_scaling": None}.items():
-        if text_config.get(name, value) != value:
-            raise InputError(
-                f"--checkpoint {folder}: config.json has text_config {name} {text_config[name]}; expected {value}"
-            )
-    text_sizes = {name: value for name, value in text_config.items() if name in known}
+    path, known = folder / "config.json", {field.name for field in dataclasses.fields(Sizes)}
+    config = read_json(path)
+    text_sizes = {name: value for name, value in config.get("text_config", {}).items() if name in known}
     sizes = dataclasses.replace(OPENVLA_7B, **text_sizes, pad_to_multiple_of=config.get("pad_to_multiple_of", 64))
-    fine_tuned = folder / "dataset_statistics.json"
-    statistics = read_json(fine_tuned) if fine_tuned.exists() else config.get("norm_stats") or {}
+    statistics = config.get("norm_stats") or {}
+    if (folder / "dataset_statistics.json").exists():
+        path = folder / "dataset_statistics.json"
+        statistics = read_json(path)
     if not unnorm_key and len(statistics) == 1:
         (unnorm_key,) = statistics
     if unnorm_key not in statistics and f"{unnorm_key}_no_noops" in statistics:  # as the official evaluation does
@@ -689,7 +677,6 @@ def read_config(folder, unnorm_key):
     if unnorm_key not in statistics:
         keys = ", ".join(sorted(statistics)) or f"the norm_stats of config.json, and {folder} has none"
         raise InputError(f"--unnorm-key {unnorm_key or '(none)'}: expected one of {keys}")
-    path = fine_tuned if fine_tuned.exists() else folder / "config.json"
     return sizes, action_statistics(statistics[unnorm_key], f"--unnorm-key {unnorm_key}: in {path} its action")
 
 
@@ -714,8 +701,6 @@ def action_statistics(entry, where):
 
 def read_tokenizer(folder):
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise InputError(f"--checkpoint {folder}: no tokenizer.json there; expected the one of OpenVLA")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower one
@@ -742,46 +727,41 @@ def open_safetensors(path, device):
 
 
 def load_weights(policy, folder, dtype, device):
-    """Read a checkpoint's tensors into the policy, one file after the other, straight to the device. Tensors that the
-    model does not use are skipped. Raises InputError for one that is missing or of another shape."""
+    """Read a checkpoint's tensors into the policy, one after the other, straight to the device. Tensors that the model
+    does not use are skipped. Raises InputError for one that is missing, no float (quantised) or of another shape."""
     where, expected, tensors = shards(folder), policy.state_dict(), {}
-    if strange := [name for name in sorted(where) if re.search(QUANTIZED, name) or re.search(OFT, name)]:
-        expected = "expected OpenVLA's own, neither quantised nor OFT's"
-        raise InputError(f"--checkpoint {folder}: has tensor {strange[0]}; {expected}")
+    if strange := [name for name in where if re.search(OFT, name)]:
+        raise InputError(f"--checkpoint {folder}: has tensor {strange[0]}; expected OpenVLA's own, not OFT's")
     if missing := [name for name in expected if name not in where]:
         raise InputError(f"--checkpoint {folder}: tensor {missing[0]} is missing, one of {len(missing)}")
-    for path in sorted({where[name] for name in expected}):
-        with open_safetensors(path, device) as file:
-            held = set(file.keys())
-            for name in (name for name in expected if where[name] == path):
-                if name not in held:
-                    raise InputError(f"--checkpoint {path}: tensor {name} is missing, though the index has it there")
-                shape, kind = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
-                if kind not in ("BF16", "F16", "F32", "F64"):
-                    raise InputError(f"--checkpoint {path}: tensor {name} has type {kind}; expected BF16, F16 or F32")
-                if shape != list(expected[name].shape):
-                    raise InputError(
-                        f"--checkpoint {path}: tensor {name} has shape {shape}; expected {list(expected[name].shape)}"
-                    )
-                tensors[name] = file.get_tensor(name).to(dtype)
+    for name, parameter in expected.items():
+        tensor = f"--checkpoint {where[name]}: tensor {name}"
+        with open_safetensors(where[name], device) as file:
+            if name not in file.keys():  # noqa: SIM118
+                raise InputError(f"{tensor} is missing, though the index has it there")
+            shape, kind = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+            if kind not in ("BF16", "F16", "F32", "F64"):
+                raise InputError(f"{tensor} has type {kind}; expected BF16, F16 or F32")
+            if shape != list(parameter.shape):
+                raise InputError(f"{tensor} has shape {shape}; expected {list(parameter.shape)}")
+            tensors[name] = file.get_tensor(name).to(dtype)
     policy.load_state_dict(tensors, assign=True)
 
 
-def index_sha256(folder):
-    """Of the list of a checkpoint's tensors: the index file's, or the header's of the one file."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return hashlib.sha256(index.read_bytes()).hexdigest()
-    with open(folder / "model.safetensors", "rb") as file:
-        return hashlib.sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()
+def fingerprint(folder):
+    """The sha256 of a tensor of a checkpoint that every fine-tune changes. Raises InputError where it has none."""
+    where, name = shards(folder), "projector.fc1.weight"
+    if name not in where:
+        raise InputError(f"--checkpoint {folder}: tensor {name} is missing")
+    with open_safetensors(where[name], "cpu") as file:
+        return hashlib.sha256(file.get_tensor(name).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def save_adapters(policy, path):
     """Write what LoRA adds, and nothing else, to a safetensors file; it names the checkpoint that they belong to."""
     adapters = {name: value.cpu() for name, value in policy.state_dict().items()}
-    partial = Path(path).with_suffix(".partial")
-    save_file(adapters, partial, metadata={"scale": repr(policy.projector.fc1.lora_scale), **policy.base})
-    partial.replace(path)
+    content = safetensors.torch.save(adapters, {"scale": repr(policy.projector.fc1.lora_scale), **policy.base})
+    common.replace_file(path, lambda file: file.write(content))
 
 
 def read_adapters(path):
@@ -796,30 +776,26 @@ def read_adapters(path):
 
 def merge_adapters(checkpoint_path, adapters_path, target):
     """Write the checkpoint in a folder with a file of adapters added to its weights, in the released layout: the same
-    files, shards, names and types, to the new folder `target`. Files are copied and the weights changed in the copies,
-    so that one tensor at a time is in memory. Raises InputError."""
+    files, shards, names and types, to the new folder `target`. One shard at a time is in memory. Raises InputError."""
     folder, target, (adapters, scale, base) = Path(checkpoint_path), Path(target), read_adapters(adapters_path)
     if target.exists():
         raise InputError(f"{target}: exists; expected a new folder for the merged checkpoint")
-    where = shards(folder)
-    layers = {name.removesuffix(".lora_a") for name in adapters if name.endswith(".lora_a")}
-    strangers = [layer for layer in sorted(layers) if f"{layer}.weight" not in where]
-    if strangers or base.get("index_sha256") not in (None, index_sha256(folder)):
-        reason = f"{folder} has no {strangers[0]}.weight" if strangers else f"{folder} has another index"
-        raise InputError(f"adapters {adapters_path}: {reason}; expected its base, {base.get('checkpoint')}")
+    if base["sha256"] != fingerprint(folder):
+        reason = f"{folder} has other weights; expected their base, {base['checkpoint']}"
+        raise InputError(f"adapters {adapters_path}: {reason}")
     partial = target.with_name(f"{os.getpid()}-{target.name}")
     partial.mkdir(parents=True)
-    for path in filter(Path.is_file, folder.iterdir()):
-        shutil.copy(path, partial)
-    for layer in sorted(layers):
-        name = f"{layer}.weight"
-        with safe_open(where[name], framework="pt") as file:
-            weight = file.get_tensor(name)
-        merged = weight.float() + scale * adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
-        with open(partial / where[name].name, "r+b") as file:  # its header's length, 8 bytes; the header; the tensors
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(8 + length + json.loads(file.read(length))[name]["data_offsets"][0])
-            file.write(merged.to(weight.dtype).view(torch.uint8).numpy().tobytes())
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            shutil.copy(path, partial)
+    for path in sorted(set(shards(folder).values())):
+        tensors = safetensors.torch.load_file(path)
+        for name, weight in tensors.items():
+            layer = name.removesuffix(".weight")
+            if f"{layer}.lora_a" in adapters:
+                low_rank = adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
+                tensors[name] = (weight.float() + scale * low_rank).to(weight.dtype)
+        safetensors.torch.save_file(tensors, partial / path.name, {"format": "pt"})  # which the official loader wants
     partial.rename(target)
 
 
