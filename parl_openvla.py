@@ -47,7 +47,6 @@ files load as they are; LoRA trains it. Against parl_transformer.py, where image
     python parl_openvla.py --checkpoint openvla/openvla-7b --env-id my_robot:Reach-v0 --warmup-episodes 50
 """
 
-import bisect
 import copy
 import dataclasses
 import datetime
@@ -1037,7 +1036,8 @@ def optimization_info(critic, obs, candidates, args):
 
 
 class SampleStore:
-    """The policy's K samples at each of S states: the dataset's and, after them, the online buffer's.
+    """What each of S states was told and the policy's K samples there: the dataset's states and, after them, the online
+    buffer's.
 
     actions (S, K, A) in float16, and the version of the policy that drew them, -1 where none were; a state first met
     while the policy is distilled has the version from before. The noise follows from (seed, state, version) alone.
@@ -1049,11 +1049,12 @@ class SampleStore:
     def __init__(self, act_dim, args):
         self.seed, self.version = args.seed, 0  # the policy's version: how often it was distilled
         self.actions = torch.zeros(0, args.num_samples, act_dim, dtype=torch.float16)
-        self.versions = torch.zeros(0, dtype=torch.long)
+        self.versions, self.instructions = torch.zeros(0, dtype=torch.long), []
 
-    def grow(self, num_states):
-        """Make room for the samples of num_states states in all."""
+    def grow(self, num_states, instruction=""):
+        """Make room for num_states states in all; the new ones were told `instruction`."""
         new = num_states - len(self.versions)
+        self.instructions += new * [instruction]
         self.actions = torch.cat([self.actions, self.actions.new_zeros(new, *self.actions.shape[1:])])
         self.versions = torch.cat([self.versions, self.versions.new_full((new,), -1)])
 
@@ -1082,10 +1083,10 @@ class SampleStore:
             self.draw(policy, oldest, observe)
 
     def state_dict(self):
-        return {"actions": self.actions, "versions": self.versions, "version": self.version}
+        return {name: value for name, value in vars(self).items() if name != "seed"}
 
     def load_state_dict(self, state):
-        self.actions, self.versions, self.version = state["actions"], state["versions"], state["version"]
+        vars(self).update(state)
 
 
 # ======================================== LOSSES ========================================
@@ -1247,8 +1248,8 @@ def learn(args, eval_envs, device, generator):
     image_size = (OPENVLA_7B if args.checkpoint else TINY).image_size
     env_args = (args.env_id, args.sparse_reward, args.capture_video, image_size)
     eval_envs += [envs.make(*env_args) for _ in range(common.num_envs(args))]
-    env, act_dim, given = eval_envs[0], eval_envs[0].action_space.shape[0], args.instruction
-    args = dataclasses.replace(args, instruction=instruction_of(env, args))
+    env, act_dim, given = eval_envs[0], eval_envs[0].action_space.shape[0], args
+    args = dataclasses.replace(args, instruction=instruction_of(env, given))
     policy = load_policy(act_dim, args, device)
     announce(("load", act_dim))
     if not args.checkpoint:  # -1 and 1 are the environment's bounds
@@ -1263,22 +1264,22 @@ def learn(args, eval_envs, device, generator):
         dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env, args.obs_keys)
     elif not args.warmup_episodes:
         args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # nothing to learn from yet
-    if args.checkpoint:
-        dataset.actions = PolicyUnits(env, policy).reverse_action(dataset.actions)
     q_min, q_max = value_range(common.step_rewards(dataset, args), args)
     args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
 
     # What learns; where the run is, what it logs, what it keeps
     agent = Agent(dataset, policy, act_dim, args, device, generator)
-    eval_envs[:] = [Told(PolicyUnits(one, policy), agent.told, args.instruction, given) for one in eval_envs]
+    eval_envs[:] = [PolicyEnv(one, policy, agent.told, given) for one in eval_envs]
     env = eval_envs[0]
+    if args.checkpoint:
+        dataset.actions = env.reverse_action(dataset.actions)
     run = common.open_run(args, Path(__file__).stem, generator, dataset, agent.kept())
     counters, log, checkpoint = run.counters, run.log, run.checkpoint
     if args.eval_only:
         print(json.dumps(common.evaluate_agent(eval_envs, agent, run, args), indent=2))
         return run.directory
     stop = common.StopSignal(log)
-    common.begin(run, dataclasses.replace(args, instruction=given))  # so that one resumed is told as this one
+    common.begin(run, dataclasses.replace(args, instruction=given.instruction))  # resumed, it is told as now
     agent.online.open(run.directory / "images.bin")
 
     def save():
@@ -1386,7 +1387,7 @@ class Agent:
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, fused=True)
         self.update_critic = common.compiled(update_critic) if args.compile else update_critic
         self.store = SampleStore(act_dim, args)
-        self.store.grow(dataset.num_states)
+        self.store.grow(dataset.num_states, args.instruction)
 
     def kept(self):
         """What a checkpoint holds, by name."""
@@ -1400,9 +1401,7 @@ class Agent:
         return {"image": np.stack(own), "instruction": self.told_at(rows)}
 
     def told_at(self, rows):
-        """The instructions at states; the dataset's is --instruction, or the environment's."""
-        first = self.dataset.num_states
-        return [self.args.instruction if row < first else self.online.told_at(row - first) for row in rows.tolist()]
+        return [self.store.instructions[row] for row in rows.tolist()]
 
     def samples_at(self, rows):  # (N,) -> (N, K, A)
         return self.store.at(self.policy_ema, rows, self.observe).to(self.device)
@@ -1487,21 +1486,19 @@ class Agent:
             paid = np.zeros(len(episode["rewards"]), np.float32)
             paid[-1] = episode["success"]
         rewards, returns = common.learned_from(episode | {"rewards": paid}, self.args)
-        rows = (episode["actions"], rewards, episode["masks"], returns)
-        self.online.add_episode(episode["observations"], *rows, self.told[seed])
-        self.store.grow(self.dataset.num_states + self.online.num_states)
+        self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
+        self.store.grow(self.dataset.num_states + self.online.num_states, self.told[seed])
         return episode
 
 
 class ImageBuffer(common.ReplayBuffer):
     """The episodes of a run. Their images (S, height, width, 3) are in a file, to which each episode is appended once;
-    the system keeps of it in memory what fits and is used. A checkpoint has the rest, and what each episode was told.
+    the system keeps of it in memory what fits and is used. A checkpoint has the rest.
     """
 
     def __init__(self, shape, act_dim):
         super().__init__((), act_dim, np.uint8)  # its own `states` stay empty numbers
         self.shape, self.path, self.images = shape, None, None
-        self.first_rows, self.instructions = [], []  # per episode
 
     def open(self, path):
         """Keep images in `path`; what it has beyond those of the checkpoint is of an episode that was cut off."""
@@ -1518,32 +1515,19 @@ class ImageBuffer(common.ReplayBuffer):
         shape = (self.num_states, *self.shape)
         self.images = np.memmap(self.path, np.uint8, "r", shape=shape) if self.num_states else np.zeros(shape, np.uint8)
 
-    def add_episode(self, images, actions, rewards, masks, returns, instruction):
+    def add_episode(self, images, *per_step):
         with common.writing(self.path), open(self.path, "ab") as file:
             file.write(images.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        self.first_rows.append(self.num_states)
-        self.instructions.append(instruction)
-        super().add_episode(np.zeros(len(images), np.uint8), actions, rewards, masks, returns)
+        super().add_episode(np.zeros(len(images), np.uint8), *per_step)
         self.map()
-
-    def told_at(self, row):
-        return self.instructions[bisect.bisect(self.first_rows, row) - 1]
 
     def sample(self, *how):
         batch = super().sample(*how)
         for name, rows in (("obs", batch["state_rows"]), ("next_obs", batch["next_state_rows"])):
             batch[name] = torch.from_numpy(np.array(self.images[rows.numpy()]))
         return batch
-
-    def state_dict(self):
-        return super().state_dict() | {"first_rows": list(self.first_rows), "instructions": list(self.instructions)}
-
-    def load_state_dict(self, state):
-        state = dict(state)
-        self.first_rows, self.instructions = state.pop("first_rows"), state.pop("instructions")
-        super().load_state_dict(state)
 
 
 # ---------------------------------------- several processes ----------------------------------------
@@ -1670,17 +1654,25 @@ def loss_share(policy, obs, actions):
 # ---------------------------------------- the environment ----------------------------------------
 
 
-class PolicyUnits(gym.ActionWrapper):
+class PolicyEnv(gym.ActionWrapper):
     """An environment of envs.make that takes actions as the policy means them, in [-1, 1]: what they stand for in the
-    environment's units, cut to its bounds, is what is sent.
+    environment's units, cut to its bounds, is what is sent. What each episode is told, as args say, is kept in the dict
+    `told`, by the seed of its reset.
 
     NOTE(differs): actions are optimised in the units of the policy's tokens (released: of the action's std).
     """
 
-    def __init__(self, env, policy):
+    def __init__(self, env, policy, told, args):
         super().__init__(env.env if isinstance(env, gym.wrappers.RescaleAction) else env)
         space = self.env.action_space
         self.policy, self.low, self.high, self.action_space = policy, space.low, space.high, env.action_space
+        self.told, self.args = told, args
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        self.told[seed] = instruction_of(self.env, self.args, info)
+        self.policy.prompt(self.told[seed])  # raises an error where it is too long
+        return obs, info
 
     def action(self, action):
         return self.policy.unnormalize(np.float64(action)).clip(self.low, self.high).astype(self.low.dtype)
@@ -1691,31 +1683,13 @@ class PolicyUnits(gym.ActionWrapper):
         return self.policy.normalize(units).astype(np.float32)
 
 
-class Told(gym.Wrapper):
-    """Keeps what each episode is told in the dict `told`, by the seed of its reset: `given`; without it what the
-    environment says, in the info of the reset or as its attribute; else `default`.
-
-    env: a PolicyUnits. Raises InputError for what is too long for the policy.
-    """
-
-    def __init__(self, env, told, default, given):
-        super().__init__(env)
-        self.told, self.default, self.given = told, default, given
-
-    def reset(self, *, seed=None, options=None):
-        obs, info = self.env.reset(seed=seed, options=options)
-        self.told[seed] = self.given or info.get("instruction") or attribute_of(self.env) or self.default
-        self.env.policy.prompt(self.told[seed])
-        return obs, info
-
-
-def attribute_of(env):
-    return env.get_wrapper_attr("instruction") if env.has_wrapper_attr("instruction") else ""
-
-
-def instruction_of(env, args):
-    """--instruction, or the environment's: its attribute, or in the info of a reset. Raises InputError without one."""
-    told = args.instruction or attribute_of(env) or env.reset(seed=args.seed)[1].get("instruction", "")
+def instruction_of(env, args, info=None):
+    """--instruction, or what the environment says, in the info of a reset or as its attribute; without info it is reset
+    if need be. Raises InputError where it says nothing."""
+    own = env.get_wrapper_attr("instruction") if env.has_wrapper_attr("instruction") else ""
+    if info is None:
+        info = {} if args.instruction or own else env.reset(seed=args.seed)[1]
+    told = args.instruction or info.get("instruction") or own
     if not told:
         raise InputError(
             f"--env-id {args.env_id}: has no instruction, as an attribute or in a reset's info; expected --instruction"

@@ -448,6 +448,7 @@ def test_instruction_comes_from_flag_attribute_or_reset():
     ]:
         env = envs.make(f"pixels:{name}-v0", True, image_size=64)
         assert parl.instruction_of(env, parl.Args(instruction=flag)) == expected
+    assert parl.instruction_of(env, parl.Args(), {"instruction": "of this reset"}) == "of this reset"
 
 
 def test_actions_are_in_the_checkpoints_units():
@@ -458,7 +459,7 @@ def test_actions_are_in_the_checkpoints_units():
     env = gym.make("pixels:Dot-v0", act_dim=3)
     env.unwrapped.action_space = gym.spaces.Box(np.float32([-0.1, -1, 0]), np.float32([0.1, 1, 1]))
     env = gym.wrappers.RescaleAction(env.unwrapped, np.float32(-1), np.float32(1))
-    units = parl.PolicyUnits(env, policy)
+    units = parl.PolicyEnv(env, policy, {}, parl.Args())
     assert units.action(np.array([1.0, -0.1, 0.75])) == pytest.approx([0.04, -0.3, 0.75])
     assert units.action(np.array([-1.0, -1.0, 0.0])) == pytest.approx([-0.02, -1.0, 0.0])
     dataset = np.array([[0.25, -0.3, 0.5], [-0.05, 0.9, -0.5]])  # in [-1, 1] of the bounds

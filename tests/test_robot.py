@@ -292,6 +292,11 @@ def saved(run):
     return torch.load(run / "checkpoint.pt", weights_only=True)
 
 
+def num_episodes(online):
+    """Of the buffer in a checkpoint."""
+    return len(online["last_rows"].unique())
+
+
 def test_one_robot_is_made_closed_and_kept_within_its_bounds(log, tmp_path):
     """Evaluation and training share it; its bounds are no numbers of float32's that rescaling twice would give."""
     run_here("parl_openvla", *ONLINE, "--num-eval-episodes", 2, "--run-dir", tmp_path / "run")
@@ -310,7 +315,7 @@ def test_a_robot_stops_at_once_and_is_closed(number, log, tmp_path, monkeypatch,
     assert log().count("step") == 11 and log()[-2:] == ["step", "close"]
     episodes = log().count("reset") - 1
     kept = saved(tmp_path / "run")
-    assert len(kept["online"]["first_rows"]) == kept["counters"]["episode"] == episodes >= 1
+    assert num_episodes(kept["online"]) == kept["counters"]["episode"] == episodes >= 1
     if number:
         assert stop.value.code == 128 + number
         assert f"stopped by {number.name}; the episode in progress is dropped; to go on:" in capsys.readouterr().out
@@ -340,7 +345,8 @@ def test_commands_never_leave_the_bounds():
         policy = parl.OpenVLAPolicy(3, parl.Args(), statistics={"q01": q01, "q99": q99, "mask": [True] * 3})
         env = gym.make("pixels:Dot-v0", act_dim=3).unwrapped
         env.action_space = gym.spaces.Box(low, high)
-        units = parl.PolicyUnits(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)), policy)
+        made = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        units = parl.PolicyEnv(made, policy, {}, parl.Args())
         assert units.env is env  # nothing is rescaled to be rescaled back
         for action in [*rng.uniform(-1, 1, (20, 3)).astype(np.float32), np.float32([-1] * 3), np.float32([1] * 3)]:
             sent = units.action(action)
@@ -362,7 +368,7 @@ def test_an_episode_that_was_collected_is_never_lost(update, log, tmp_path, monk
     original, calls = getattr(parl.Agent, update), []
 
     def fails(agent, *inputs):
-        if len(agent.online.first_rows) == 2 and not calls:
+        if num_episodes(agent.online.state_dict()) == 2 and not calls:
             calls.append(agent.online.num_states)
             raise OutOfMemory
         return original(agent, *inputs)
@@ -372,7 +378,7 @@ def test_an_episode_that_was_collected_is_never_lost(update, log, tmp_path, monk
         run_here("parl_openvla", *ONLINE, "--run-dir", tmp_path / "run")
     kept = saved(tmp_path / "run")
     assert kept["counters"]["episode"] == 1 and kept["counters"]["collected"]
-    assert len(kept["online"]["first_rows"]) == 2 and len(kept["online"]["states"]) == calls[0]
+    assert num_episodes(kept["online"]) == 2 and len(kept["online"]["states"]) == calls[0]
     images = (tmp_path / "run" / "images.bin").read_bytes()
     run_here("parl_openvla", *ONLINE, "--run-dir", tmp_path / "run")
     kept = saved(tmp_path / "run")
@@ -389,14 +395,13 @@ def test_images_are_appended_to_a_file(tmp_path):
     rng, buffer = np.random.default_rng(0), parl.ImageBuffer((4, 4, 3), 2)
     buffer.open(tmp_path / "images.bin")
     (first, rows), (second, others) = episode(rng, 3), episode(rng, 5)
-    buffer.add_episode(first, *rows, "push")
+    buffer.add_episode(first, *rows)
     state = buffer.state_dict()
     assert sum(value.nbytes for value in state.values() if torch.is_tensor(value)) < 200  # a transition's numbers alone
-    buffer.add_episode(second, *others, "pull")
+    buffer.add_episode(second, *others)
     expected = np.concatenate([first, second])
     assert (tmp_path / "images.bin").read_bytes() == expected.tobytes()
     assert isinstance(buffer.images, np.memmap)  # not a copy in memory
-    assert [buffer.told_at(row) for row in range(10)] == 4 * ["push"] + 6 * ["pull"]
     batch = buffer.sample(50, np.random.default_rng(0))
     for name, states in (("obs", batch["state_rows"]), ("next_obs", batch["next_state_rows"])):
         assert np.array_equal(batch[name], expected[states]) and batch[name].dtype == torch.uint8
@@ -405,7 +410,7 @@ def test_images_are_appended_to_a_file(tmp_path):
     again.load_state_dict(state)
     again.open(tmp_path / "images.bin")
     assert np.array_equal(again.images, first) and (tmp_path / "images.bin").stat().st_size == first.nbytes
-    again.add_episode(second, *others, "pull")
+    again.add_episode(second, *others)
     assert np.array_equal(again.images, expected)
     os.truncate(tmp_path / "images.bin", 100)
     with pytest.raises(InputError, match=r"images.bin has 2 images; expected its checkpoint's 10"):
@@ -461,11 +466,11 @@ def test_two_instructions_that_want_opposite_things(tmp_path):
     agent = parl.Agent(common.ReplayBuffer((64, 64, 3), 2, np.uint8), policy, 2, args, device, np.random.default_rng(0))
     agent.online.open(tmp_path / "images.bin")
     made = envs.make("pixels:Opposite-v0", True, image_size=64)
-    env = parl.Told(parl.PolicyUnits(made, policy), agent.told, args.instruction, "")
+    env, expected = parl.PolicyEnv(made, policy, agent.told, args), []
     for seed in range(30):
-        agent.collect(env, agent.explore_raw, seed)
-    assert agent.online.instructions == ["go right", "go left"] * 15
-    assert agent.observe(torch.arange(2))["instruction"] == ["go right"] * 2
+        length = len(agent.collect(env, agent.explore_raw, seed)["rewards"])
+        expected += (length + 1) * [("go right", "go left")[seed % 2]]
+    assert agent.observe(torch.arange(agent.online.num_states))["instruction"] == expected
     for step in range(150):
         agent.improve_critic(step, 0)
     left, right = first_actions(env, agent.act)
@@ -489,11 +494,11 @@ def test_a_flag_is_told_in_all_episodes():
     for given, expected in (("", ["go right", "go left"]), ("stay", ["stay", "stay"])):
         policy, told = parl.OpenVLAPolicy(2, parl.Args()), {}
         made = envs.make("pixels:Opposite-v0", True, image_size=64)
-        env = parl.Told(parl.PolicyUnits(made, policy), told, "default", given)
+        env = parl.PolicyEnv(made, policy, told, parl.Args(instruction=given))
         env.reset(seed=3)
         env.reset(seed=4)
         assert [told[3], told[4]] == expected
-    env.given = "up " * 2000
+    env.args = parl.Args(instruction="up " * 2000)
     with pytest.raises(InputError, match="the prompt has"):
         env.reset(seed=5)
 
