@@ -1573,14 +1573,14 @@ def serve(args, device):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 stops, and says when all is done
     policy = None
-    while task := announce(None):
-        name, *inputs = task
-        if name == "load":
+    while announced := announce(None):
+        task, *inputs = announced
+        if task == "load":
             policy = load_policy(*inputs, args, device)
         else:
             send_weights(policy)
-            {"sample_share": sample_share, "loss_share": loss_share}[name](policy, *inputs)
-    dist.destroy_process_group()
+            task(policy, *inputs)
+    leave_ranks()
     return Path(args.run_dir or args.resume)
 
 
@@ -1593,26 +1593,31 @@ def announce(value):
 
 
 def dismiss_ranks():
+    """Rank 0, where the others wait for a task: end their `serve`."""
+    announce(None)
+    leave_ranks()
+
+
+def leave_ranks():
+    """End the process group. All are there once more: then the threads of none hold what was sent before, which they
+    could not let go of while Python shuts down."""
     if ranks()[1] > 1:
-        announce(None)
+        dist.barrier()
         dist.destroy_process_group()
 
 
 def together(task, policy, *inputs):
     """Rank 0: task(policy, *inputs), of which each rank does its share, with this policy's weights."""
     if ranks()[1] > 1:
-        announce((task.__name__, *inputs))
+        announce((task, *inputs))
         send_weights(policy)
     return task(policy, *inputs)
 
 
-@torch.no_grad()
 def send_weights(policy):
     """Give every rank's policy the trained weights of rank 0's."""
-    weights = nn.utils.parameters_to_vector(trained(policy))
-    dist.broadcast(weights, 0)
-    if ranks()[0] > 0:
-        nn.utils.vector_to_parameters(weights, trained(policy))
+    for parameter in trained(policy):
+        dist.broadcast(parameter.detach(), 0)
 
 
 def trained(policy):
@@ -1641,14 +1646,13 @@ def loss_share(policy, obs, actions):
     """The policy's loss, its gradient in .grad: each rank's on its share of the rows, then the mean over ranks."""
     rank, num_ranks = ranks()
     policy.zero_grad()
-    loss = policy.loss(share(obs), actions[rank::num_ranks])
+    loss = policy.loss(share(obs), actions[rank::num_ranks]) / num_ranks
     loss.backward()
-    parts = [*(parameter.grad for parameter in trained(policy)), loss.detach()[None]]
+    loss = loss.detach()
     if num_ranks > 1:
-        mean = nn.utils.parameters_to_vector(parts)
-        dist.all_reduce(mean)
-        nn.utils.vector_to_parameters(mean / num_ranks, parts)
-    return parts[-1][0]
+        for part in (loss, *(parameter.grad for parameter in trained(policy))):
+            dist.all_reduce(part)  # the sum
+    return loss
 
 
 # ---------------------------------------- the environment ----------------------------------------
@@ -1714,5 +1718,7 @@ def check(args):
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("RANK", 0)):  # of torchrun's processes the first speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     own_checkpoint = any(flag.startswith("--checkpoint") for flag in sys.argv)  # the presets are for the tiny model
     common.main(train, Args, {} if own_checkpoint else PRESETS, __doc__)
