@@ -47,6 +47,7 @@ files load as they are; LoRA trains it. Against parl_transformer.py, where image
     python parl_openvla.py --checkpoint openvla/openvla-7b --env-id my_robot:Reach-v0 --warmup-episodes 50
 """
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -234,14 +235,11 @@ class Linear(nn.Linear):
         return y + self.lora_scale * F.linear(low, self.lora_b.to(x.dtype))
 
 
-def run_blocks(blocks, h, *inputs, checkpointing):
-    """h through the blocks one after the other; with checkpointing, keeping only each one's input for the gradient."""
-    for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            h = checkpoint(block, h, *inputs, use_reentrant=False)
-        else:
-            h = block(h, *inputs)
-    return h
+def run_block(block, *inputs, checkpointing):
+    """block(*inputs); with checkpointing, its inputs alone are kept for the gradient."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 class VisionBlock(nn.Module):
@@ -285,7 +283,9 @@ class VisionTransformer(nn.Module):
         h = self.patch_embed["proj"](pixels).flatten(2).mT + self.pos_embed  # (B, patches, W)
         if self.num_skipped:  # CLS and registers have no position
             h = torch.cat([x.expand(len(h), -1, -1) for x in (self.cls_token, self.reg_token)] + [h], 1)
-        return run_blocks(self.blocks, h, checkpointing=self.checkpointing)[:, self.num_skipped :]
+        for block in self.blocks:
+            h = run_block(block, h, checkpointing=self.checkpointing)
+        return h[:, self.num_skipped :]
 
 
 class Projector(nn.Module):
@@ -341,20 +341,16 @@ class LlamaLayer(nn.Module):
             stop = start + h.shape[1]
             cache[0, :, :, start:stop], cache[1, :, :, start:stop] = k, v
             k, v = cache[:, :, :, :stop]
-        mixed = self.attend(q, k, v, mask)
-        h = h + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
-        x = self.post_attention_layernorm(h)
-        return h + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
-
-    @staticmethod
-    def attend(q, k, v, mask):
-        num_prefix, parts = q.shape[2] - (0 if mask is None else mask.shape[2]), []
+        num_prefix, parts = h.shape[1] - (0 if mask is None else mask.shape[2]), []
         if num_prefix:
             prefix = (x[:, :, :num_prefix] for x in (q, k, v))
             parts.append(F.scaled_dot_product_attention(*prefix, is_causal=True))
         if mask is not None:
             parts.append(F.scaled_dot_product_attention(q[:, :, num_prefix:], k, v, attn_mask=mask))
-        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        mixed = torch.cat(parts, 2)  # (B, heads, L, D)
+        h = h + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
+        x = self.post_attention_layernorm(h)
+        return h + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
 
 
 def suffix_mask(lengths, prefix_length, num_suffixes, num_steps):
@@ -389,12 +385,8 @@ class OpenVLAPolicy(nn.Module):
         self.checkpointing, self.images_per_forward = args.gradient_checkpointing, args.images_per_forward
         self.last_action = sizes.vocab_size - sizes.pad_to_multiple_of  # action tokens are the 256 before this one
         width, image = sizes.hidden_size, (sizes.image_size, sizes.patch_size, args.gradient_checkpointing)
-        self.vision_backbone = nn.ModuleDict(
-            {
-                "featurizer": VisionTransformer(sizes.dino, *image),
-                "fused_featurizer": VisionTransformer(sizes.siglip, *image),
-            }
-        )
+        dino, siglip = VisionTransformer(sizes.dino, *image), VisionTransformer(sizes.siglip, *image)
+        self.vision_backbone = nn.ModuleDict({"featurizer": dino, "fused_featurizer": siglip})
         self.projector = Projector(sizes.dino.width + sizes.siglip.width, width)
         model = {
             "embed_tokens": nn.Embedding(sizes.vocab_size, width),
@@ -444,7 +436,7 @@ class OpenVLAPolicy(nn.Module):
         text = PROMPT.format(instruction.lower())
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids if self.tokenizer else list(text.encode())
         ids = [BOS, *ids, self.sizes.space_token]
-        num_patches = self.vision_backbone["featurizer"].pos_embed.shape[1]
+        num_patches = (self.sizes.image_size // self.sizes.patch_size) ** 2
         limit = self.sizes.max_position_embeddings - num_patches - self.act_dim
         if len(ids) > limit:
             raise InputError(
@@ -470,11 +462,9 @@ class OpenVLAPolicy(nn.Module):
         """Llama's layers: h (B, L, W), positions (B or 1, L) -> h (B, L, W). See LlamaLayer."""
         head_width = self.sizes.hidden_size // self.sizes.num_attention_heads
         turn = [x.to(h.dtype) for x in rotation(positions, head_width, self.sizes.rope_theta)]
-        layers = self.language_model["model"]["layers"]
-        if caches is None:
-            return run_blocks(layers, h, *turn, mask, checkpointing=self.checkpointing)
-        for layer, cache in zip(layers, caches, strict=True):
-            h = layer(h, *turn, mask, cache, start)
+        for i, layer in enumerate(self.language_model["model"]["layers"]):
+            cache = caches[i] if caches else None
+            h = run_block(layer, h, *turn, mask, cache, start, checkpointing=self.checkpointing)
         return h
 
     @torch.no_grad()
@@ -1227,27 +1217,26 @@ def train(args: Args) -> Path:
     device, generator = common.start(args)  # torch's own generator draws noise, this one batches
     if ranks()[0] > 0:
         return serve(args, device)
-    eval_envs = []
     try:
-        directory = learn(args, eval_envs, device, generator)
+        with contextlib.ExitStack() as at_end:  # also after an error or a stop: a robot is let go
+            directory = learn(args, at_end, device, generator)
     except (InputError, FloatingPointError, SystemExit):
         dismiss_ranks()
         raise
-    finally:  # also after an error or a stop: a robot is let go
-        for env in eval_envs:
-            env.close()
     dismiss_ranks()
     return directory
 
 
-def learn(args, eval_envs, device, generator):
-    """The phases of `train`. The environments that it makes are added to the list eval_envs."""
+def learn(args, at_end, device, generator):
+    """The phases of `train`. What is to be done at the end is added to the contextlib.ExitStack at_end."""
     # Environment, policy, data
     import envs
 
     image_size = (OPENVLA_7B if args.checkpoint else TINY).image_size
     env_args = (args.env_id, args.sparse_reward, args.capture_video, image_size)
-    eval_envs += [envs.make(*env_args) for _ in range(common.num_envs(args))]
+    eval_envs = [envs.make(*env_args) for _ in range(common.num_envs(args))]
+    for env in eval_envs:
+        at_end.callback(env.close)
     env, act_dim, given = eval_envs[0], eval_envs[0].action_space.shape[0], args
     args = dataclasses.replace(args, instruction=instruction_of(env, given))
     policy = load_policy(act_dim, args, device)
@@ -1269,7 +1258,7 @@ def learn(args, eval_envs, device, generator):
 
     # What learns; where the run is, what it logs, what it keeps
     agent = Agent(dataset, policy, act_dim, args, device, generator)
-    eval_envs[:] = [PolicyEnv(one, policy, agent.told, given) for one in eval_envs]
+    eval_envs = [PolicyEnv(one, policy, agent.told, given) for one in eval_envs]
     env = eval_envs[0]
     if args.checkpoint:
         dataset.actions = env.reverse_action(dataset.actions)
@@ -1423,7 +1412,7 @@ class Agent:
     def clone(self, lr):
         """One step of the policy towards the dataset's actions."""
         batch = self.draw_batch(self.args.batch_size)
-        return {"policy/bc_loss": self.improve_policy(batch, batch["actions"], lr)}
+        return {"policy/bc_loss": self.improve_policy(batch["state_rows"], batch["actions"], lr)}
 
     def distill(self, num_offline, lr):
         """One step of the policy towards optimised actions, the batch's own among the candidates."""
@@ -1433,11 +1422,12 @@ class Agent:
             obs = self.critic_ema.encode(batch["obs"], batch["codes"])
         actions, q = optimize_actions(self.critic_ema, obs, samples, self.args, batch["actions"])
         draws = [choose(actions, q, sample=not self.args.distill_argmax) for _ in range(self.args.targets_per_image)]
-        return {"policy/distill_loss": self.improve_policy(batch, torch.stack(draws, 1), lr)}  # (B, R, A)
+        actions = torch.stack(draws, 1)  # (B, R, A)
+        return {"policy/distill_loss": self.improve_policy(batch["state_rows"], actions, lr)}
 
-    def improve_policy(self, batch, actions, lr):
-        obs = {"image": batch["obs"].cpu(), "instruction": self.told_at(batch["state_rows"])}
-        return update_policy(self.policy, self.policy_ema, self.policy_optimizer, obs, actions.cpu(), lr, self.args)
+    def improve_policy(self, rows, actions, lr):
+        networks, obs = (self.policy, self.policy_ema), self.observe(rows)
+        return update_policy(*networks, self.policy_optimizer, obs, actions.cpu(), lr, self.args)
 
     def improve_critic(self, num_before, num_offline):
         """One critic update, after num_before others, on samples from the store.
