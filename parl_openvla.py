@@ -328,9 +328,8 @@ class LlamaLayer(nn.Module):
     def forward(self, h, cos, sin, mask=None, cache=None, start=0):
         """h (B, L, W), the positions from `start` -> h (B, L, W).
 
-        The last S of them see the keys that mask (B, 1, S, start + L) allows; those before are the prefix, in which
-        each sees itself and what is before it. cache (2, B, heads, >= start + L, D): keys and values of the positions
-        before `start`, to which those of h are added in place.
+        Each sees what mask (B, 1, L, start + L) allows, or without one itself and what is before it. cache (2, B,
+        heads, >= start + L, D): keys and values of what is before `start`, to which those of h are added in place.
         """
         x = self.input_layernorm(h)
         q, k, v = (
@@ -341,13 +340,7 @@ class LlamaLayer(nn.Module):
             stop = start + h.shape[1]
             cache[0, :, :, start:stop], cache[1, :, :, start:stop] = k, v
             k, v = cache[:, :, :, :stop]
-        num_prefix, parts = h.shape[1] - (0 if mask is None else mask.shape[2]), []
-        if num_prefix:
-            prefix = (x[:, :, :num_prefix] for x in (q, k, v))
-            parts.append(F.scaled_dot_product_attention(*prefix, is_causal=True))
-        if mask is not None:
-            parts.append(F.scaled_dot_product_attention(q[:, :, num_prefix:], k, v, attn_mask=mask))
-        mixed = torch.cat(parts, 2)  # (B, heads, L, D)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)  # (B, heads, L, D)
         h = h + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
         x = self.post_attention_layernorm(h)
         return h + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
@@ -525,7 +518,9 @@ class OpenVLAPolicy(nn.Module):
         h = torch.cat([h, model["embed_tokens"](tokens.mT.flatten(1))], 1)  # (B, P + A R, W), step by step
         steps = torch.arange(A, device=h.device).repeat_interleave(R)
         positions = torch.cat([torch.arange(P, device=h.device).expand(B, P), lengths[:, None] + steps], 1)
-        h = self.read(h, positions, suffix_mask(lengths, P, R, A))
+        causal = torch.ones(P, h.shape[1], dtype=torch.bool, device=h.device).tril()  # in the prefix
+        mask = torch.cat([causal.expand(B, 1, -1, -1), suffix_mask(lengths, P, R, A)], 2)  # (B, 1, P + A R, P + A R)
+        h = self.read(h, positions, mask)
         first = h[torch.arange(B, device=h.device), lengths - 1][:, None]  # predicts the first token of each target
         first = first.expand(-1, R, -1)
         logits = self.language_model["lm_head"](model["norm"](torch.cat([first, h[:, P:]], 1)))  # (B, (A + 1) R, vocab)
