@@ -608,9 +608,11 @@ def read_json(path):
 
 
 # What config.json and preprocessor_config.json say, where they do, of OpenVLA's own
-SETTINGS = {"vision_backbone_id": "dinosiglip-vit-so-224px", "n_action_bins": ACTION_BINS, "quantization_config": None}
-SETTINGS |= {"image_resize_strategy": "resize-naive", "text_config model_type": "llama"}
-SETTINGS |= {"text_config hidden_act": "silu", "text_config rope_scaling": None}
+SETTINGS = {
+    "vision_backbone_id": "dinosiglip-vit-so-224px", "n_action_bins": ACTION_BINS, "quantization_config": None,
+    "image_resize_strategy": "resize-naive", "text_config model_type": "llama", "text_config hidden_act": "silu",
+    "text_config rope_scaling": None,
+}  # fmt: skip
 # Names of files, flags and tensors of OpenVLA-OFT's fine-tunes
 OFT = "action_head|proprio_projector|action_projector|actions?_chunk|l1_regression|use_diffusion|use_film|backbone--"
 
