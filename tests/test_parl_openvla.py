@@ -339,6 +339,7 @@ def test_two_processes_draw_the_samples_and_gradients_of_one(tmp_path):
     processes = []
     for rank in range(2):
         env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29511)
+        env |= {"PYTHONFAULTHANDLER": 1}  # where one dies of a signal, its stacks
         env = {**os.environ, **{name: str(value) for name, value in env.items()}}
         command = [sys.executable, str(ROOT / "tests" / "two_ranks.py"), str(tmp_path)]
         processes.append(subprocess.Popen(command, env=env))
