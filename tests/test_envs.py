@@ -19,8 +19,9 @@ from envs import opengl
 NO_OSMESA = pytest.mark.skipif(bool(ctypes.util.find_library("OSMesa")), reason="libosmesa6 is there")
 NEEDS_EGL = pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="needs libegl1")
 DRAWN = ["kitchen-mixed-v0", "cube-single-noisy-singletask-task1-v0", "metaworld-door-open", "InvertedPendulum-v5"]
-ONE_OF_EACH = ["pointmaze-large-play", "antmaze-umaze-v2", "kitchen-mixed-v0", "metaworld-door-open"]
-ONE_OF_EACH += ["cube-single-noisy-singletask-task1-v0", "minari:test/pendulum-v0", "minari:D4RL/antmaze/umaze-v1"]
+ONE_OF_EACH = ["pointmaze-umaze-play", "pointmaze-large-play", "antmaze-umaze-v2", "kitchen-mixed-v0"]
+ONE_OF_EACH += ["metaworld-door-open", "cube-single-noisy-singletask-task1-v0", "minari:test/pendulum-v0"]
+ONE_OF_EACH += ["minari:D4RL/antmaze/umaze-v1"]
 
 
 def test_any_environment_is_flattened_and_rescaled():

@@ -115,9 +115,9 @@ def spied_run(script, directory, *flags):
         note("describe", critic=critic, weights=copies(critic), obs=obs, candidates=candidates)
         return describe(critic, obs, candidates, args)
 
-    def spy_evaluate(envs, act, num_episodes, prefix):
+    def spy_evaluate(envs, act, num_episodes, prefix, on_end):
         note("evaluate", prefix=prefix)
-        return evaluate(envs, act, num_episodes, prefix)
+        return evaluate(envs, act, num_episodes, prefix, on_end)
 
     size = write_demonstrations(directory / "data.npz")
     with pytest.MonkeyPatch.context() as patch:
