@@ -489,13 +489,10 @@ class Counters:
                 yield index
                 self.updated[name] = index + 1
                 progress.update()
-                if name == "critic" and index == 19 and not (first or self.progress.has_estimate):
-                    self.estimate(began, (time.perf_counter() - began) / 20 * number)
-
-    def estimate(self, began, seconds):
-        """What is left online, where the first episode's critic updates `began` then and take so many seconds."""
-        steps = self.collected["train/length"] if self.args.online_steps is not None else 1
-        self.progress.estimate((began - self.progress.began + seconds) / steps)
+                if name == "critic" and index == 19 and not first:  # tells what is left, in the first long episode
+                    seconds = began - self.progress.began + (time.perf_counter() - began) / 20 * number
+                    steps = 1 if self.args.online_steps is None else self.collected["train/length"]
+                    self.progress.estimate(seconds / steps)
 
     def end_episode(self, num_updates):
         """Count the episode that was collected and the critic updates that followed. Returns its columns."""

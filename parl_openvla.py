@@ -637,7 +637,7 @@ def check_kind(folder):
         raise InputError(f"--checkpoint {folder}: has {found[0]}, as of OpenVLA-OFT; expected one action, in tokens")
     for file in [name for name in names if name in ("config.json", "preprocessor_config.json")]:
         config = read_json(folder / file)
-        config |= {f"text_config {name}": value for name, value in config.get("text_config", {}).items()}
+        config |= {f"text_config {name}": value for name, value in (config.get("text_config") or {}).items()}
         for name, expected in SETTINGS.items():
             if config.get(name, expected) != expected:
                 raise InputError(f"--checkpoint {folder}: {file} has {name} {config[name]}; expected {expected}")
@@ -650,7 +650,7 @@ def read_config(folder, unnorm_key):
     """
     path, known = folder / "config.json", {field.name for field in dataclasses.fields(Sizes)}
     config = read_json(path)
-    text_sizes = {name: value for name, value in config.get("text_config", {}).items() if name in known}
+    text_sizes = {name: value for name, value in (config.get("text_config") or {}).items() if name in known}
     sizes = dataclasses.replace(OPENVLA_7B, **text_sizes, pad_to_multiple_of=config.get("pad_to_multiple_of", 64))
     statistics = config.get("norm_stats") or {}
     if (folder / "dataset_statistics.json").exists():
@@ -762,26 +762,30 @@ def read_adapters(path):
 
 def merge_adapters(checkpoint_path, adapters_path, target):
     """Write the checkpoint in a folder with a file of adapters added to its weights, in the released layout: the same
-    files, shards, names and types, to the new folder `target`. One shard at a time is in memory. Raises InputError."""
+    files, shards, names and types, to the new folder `target`. Files are copied and the weights changed in the copies,
+    so that one tensor at a time is in memory. Raises InputError."""
     folder, target, (adapters, scale, base) = Path(checkpoint_path), Path(target), read_adapters(adapters_path)
     if target.exists():
         raise InputError(f"{target}: exists; expected a new folder for the merged checkpoint")
-    if base["sha256"] != fingerprint(folder):
-        reason = f"{folder} has other weights; expected their base, {base['checkpoint']}"
-        raise InputError(f"adapters {adapters_path}: {reason}")
+    where = shards(folder)
+    layers = sorted(name.removesuffix(".lora_a") for name in adapters if name.endswith(".lora_a"))
+    strangers = [layer for layer in layers if f"{layer}.weight" not in where]
+    if strangers or base["sha256"] != fingerprint(folder):
+        reason = f"no {strangers[0]}.weight" if strangers else "other weights"
+        raise InputError(f"adapters {adapters_path}: {folder} has {reason}; expected their base, {base['checkpoint']}")
     partial = target.with_name(f"{os.getpid()}-{target.name}")
     partial.mkdir(parents=True)
-    for path in folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors":
-            shutil.copy(path, partial)
-    for path in sorted(set(shards(folder).values())):
-        tensors = safetensors.torch.load_file(path)
-        for name, weight in tensors.items():
-            layer = name.removesuffix(".weight")
-            if f"{layer}.lora_a" in adapters:
-                low_rank = adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
-                tensors[name] = (weight.float() + scale * low_rank).to(weight.dtype)
-        safetensors.torch.save_file(tensors, partial / path.name, {"format": "pt"})  # which the official loader wants
+    for path in filter(Path.is_file, folder.iterdir()):
+        shutil.copy(path, partial)
+    for layer in layers:
+        name = f"{layer}.weight"
+        with open_safetensors(where[name], "cpu") as file:
+            weight = file.get_tensor(name)
+        merged = weight.float() + scale * adapters[f"{layer}.lora_b"] @ adapters[f"{layer}.lora_a"]
+        with open(partial / where[name].name, "r+b") as file:  # its header's length, 8 bytes; the header; the tensors
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(8 + length + json.loads(file.read(length))[name]["data_offsets"][0])
+            file.write(merged.to(weight.dtype).view(torch.uint8).numpy().tobytes())
     partial.rename(target)
 
 

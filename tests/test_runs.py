@@ -547,6 +547,12 @@ def test_help_shows_what_will_run(script, monkeypatch, capsys):
     assert "(default: 3000000)" in capsys.readouterr().out
 
 
+def test_compile_says_which_torch_it_needs(monkeypatch):
+    monkeypatch.setattr(torch._dynamo, "config", object())
+    with pytest.raises(common.InputError, match=r"^--compile: torch .*; expected 2\.13 or later"):
+        common.compiled(print)
+
+
 def test_traced_updates_agree_with_eager():
     """What --compile traces, without the code generation, which on a CPU needs a C++ compiler and a minute."""
     import parl_diffusion as parl
