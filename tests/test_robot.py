@@ -442,6 +442,10 @@ def test_adapters_name_their_base(folder, tmp_path):
     merged = load(tmp_path / "merged").projector.fc1.weight
     lora = policy.projector.fc1
     torch.testing.assert_close(merged, (lora.weight + 8 * lora.lora_b @ lora.lora_a).detach())
+    stranger = {"head.lora_a": torch.zeros(2, 2), "head.lora_b": torch.zeros(2, 2)}
+    save_file(stranger, tmp_path / "other", {"scale": "8.0", **base})
+    with pytest.raises(InputError, match=r"has no head\.weight; expected their base, \S+checkpoint"):
+        parl.merge_adapters(folder, tmp_path / "other", tmp_path / "again")
     # a fine-tune: tensors of the same names and shapes, here in one file
     rewrite(folder, lambda name, tensor: {name: tensor + 0.01 * name.endswith("projector.fc1.weight")})
     with pytest.raises(InputError, match=r"has other weights; expected their base, \S+checkpoint"):

@@ -707,9 +707,10 @@ def test_evaluation_is_the_same_with_1_and_8_environments():
     def act(obs, keys):
         return np.stack([np.random.default_rng(key).uniform(-1, 1, 2) for key in keys])
 
-    seeds = np.arange(100, 121)
-    one = common.run_episodes([envs.make("countdown:Countdown-v0")], act, seeds)
+    seeds, ended = np.arange(100, 121), []
+    one = common.run_episodes([envs.make("countdown:Countdown-v0")], act, seeds, on_end=lambda: ended.append(1))
     eight = common.run_episodes([envs.make("countdown:Countdown-v0") for _ in range(8)], act, seeds)
+    assert len(ended) == len(seeds)  # of which a progress bar tells
     for first, second in zip(one, eight, strict=True):
         assert all(np.array_equal(first[name], second[name]) for name in first)
     assert len({len(episode["rewards"]) for episode in one}) > 5
