@@ -131,7 +131,7 @@ PRESETS = {
         bc_steps=8000, offline_steps=2000, online_steps=500, batch_size=128, target_rate=0.02, critic_ema_rate=0.01,
         distill_lr=3e-4, policy_ema_rate=0.01,
     ),
-    "pointmaze_large": SMALL | dict(
+    "pointmaze_large": SMALL | dict(  # medium and large
         sparse_reward=True, reward_bias=-1.0, discount=0.98, eval_every=1000, log_every=100,
         bc_steps=8000, offline_steps=4000, online_steps=1500, batch_size=128, target_rate=0.01, hidden_dims=(256, 256),
     ),
