@@ -443,9 +443,8 @@ class Counters:
         clones = args.bc_steps and not args.policy_checkpoint
         self.owes_evaluation = bool(args.num_eval_episodes and not clones)  # of the policy that it starts from
 
-    def steps(self, phase, num_steps):
-        """The indices of the gradient steps of `phase` that are left, with a progress bar."""
-        then = self.then_online if phase == "offline" else lambda seconds: ""
+    def steps(self, phase, num_steps, then=lambda seconds: ""):
+        """The indices of the gradient steps of `phase` that are left, with a progress bar; then: see `Progress`."""
         with Progress(phase, "updates", self.done[phase], num_steps, then) as progress:
             while self.done[phase] < num_steps:
                 self.phase, self.before = phase, self.done[phase]
@@ -465,6 +464,11 @@ class Counters:
                 self.phase, self.before = "online", self.done["online"]
                 yield reset_seed(self.args.seed, 3, self.episode)
                 self.progress.reach(self.episode if in_episodes else self.env_step)
+
+    def then_offline(self, seconds, update_seconds):
+        """What cloning tells of later phases: seconds of offline RL and, from those of a critic update, of online."""
+        offline = f"; then offline about {in_words(seconds)}" if self.args.offline_steps else ""
+        return offline + self.then_online(update_seconds)
 
     def then_online(self, seconds):
         """What the seconds of an offline update tell of the online phase: there the critic's take no less, for samples

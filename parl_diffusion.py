@@ -41,9 +41,11 @@ import copy
 import dataclasses
 import json
 import math
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -482,8 +484,7 @@ class SampleCache:
 
     def __init__(self, policy, states, act_dim, args, stop=None):
         self.policy, self.num_samples, self.actions = policy, args.num_samples, None
-        gigabytes = 2e-9 * len(states) * args.num_samples * act_dim
-        if gigabytes > args.sample_cache_gb or 2 * args.batch_size * args.offline_steps < len(states):
+        if not self.pays(len(states), act_dim, args):
             return
         self.actions = torch.zeros(len(states), args.num_samples, act_dim, dtype=torch.float16, device=states.device)
         size = max(1, 8192 // args.num_samples)  # states at once
@@ -495,6 +496,12 @@ class SampleCache:
                 rows = slice(start, start + size)
                 self.actions[rows] = policy.sample(states[rows], args.num_samples)
                 progress.reach(min(start + size, len(states)))
+
+    @staticmethod
+    def pays(num_states, act_dim, args):
+        """Do the samples fit, and are they fewer than the phase would draw?"""
+        gigabytes = 2e-9 * num_states * args.num_samples * act_dim
+        return gigabytes <= args.sample_cache_gb and num_states <= 2 * args.batch_size * args.offline_steps
 
     def samples(self, batch):
         """(2B, K, A), at the batch's obs and next_obs."""
@@ -652,15 +659,18 @@ def train(args: Args) -> Path:
     if counters.owes_evaluation:  # of a policy that is not cloned here, or one in which the run was stopped
         end_update()
 
+    def tell_the_rest(_seconds):
+        return counters.then_offline(*agent.time_later())
+
     # Phase 1: behaviour cloning
-    for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps):
+    for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps, tell_the_rest):
         log.add(agent.clone(learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)))
         end_update()
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
     cache = agent.cache_samples(stop) if counters.done["offline"] < args.offline_steps else None
     stop_if_asked()
-    for step in counters.steps("offline", args.offline_steps):
+    for step in counters.steps("offline", args.offline_steps, counters.then_online):
         with log.timed("time/critic_ms"):
             log.add(agent.improve_critic(step, args.batch_size, cache))
         end_update(agent.describe)
@@ -815,6 +825,23 @@ class Agent:
         """Add an episode of common.run_episodes to the online buffer."""
         rewards, returns = common.learned_from(episode, self.args)
         self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
+
+    def time_later(self):
+        """Seconds that offline RL will take, and a critic update online, tried on copies: the run itself goes on as if
+        it had not been."""
+        args, states = self.args, self.dataset.num_states
+        twin, names = copy.copy(self), ("critic", "target_critic", "critic_ema", "critic_optimizer", "generator")
+        vars(twin).update(copy.deepcopy({name: getattr(self, name) for name in names}), update_critic=update_critic)
+        with torch.random.fork_rng():
+            for _ in range(2):  # the first takes longer
+                began = time.perf_counter()
+                samples = draw_samples(self.policy_ema, twin.draw_batch(args.batch_size), args.num_samples)
+                drawn = time.perf_counter() - began
+                cache = SimpleNamespace(samples=lambda _batch, samples=samples: samples)
+                float(twin.improve_critic(0, args.batch_size, cache)["critic/loss"])
+                both = time.perf_counter() - began
+        draws = states / (2 * args.batch_size) if SampleCache.pays(states, self.act_dim, args) else args.offline_steps
+        return (both - drawn) * args.offline_steps + drawn * draws, both
 
 
 if __name__ == "__main__":

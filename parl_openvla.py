@@ -1314,7 +1314,7 @@ def learn(args, at_end, device, generator):
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
     num_offline = 0 if args.warmup_episodes else args.batch_size
-    for step in counters.steps("offline", args.offline_steps):
+    for step in counters.steps("offline", args.offline_steps, counters.then_online):
         with log.timed("time/critic_ms"):
             log.add(agent.improve_critic(step, num_offline))
         end_update(agent.describe)

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import importlib
 import inspect
+import io
 import json
 import re
 import shutil
@@ -378,6 +379,33 @@ def opened(directory, script="parl_gaussian", policy_class=None, **flags):
     if policy_class:
         agent.policy = policy_class(3, 2, args)
     return common.open_run(args, script, generator, dataset, agent.kept()), args
+
+
+@pytest.mark.parametrize("script", PARALLEL)
+def test_trying_what_later_phases_cost_changes_nothing_of_the_run(script):
+    """A run of more than a minute that differs from a short one: an update too many, noise that is used up."""
+    module = importlib.import_module(script)
+    heads = dict(num_heads=1) if script == "parl_transformer" else {}
+    sizes = dict(width=8, num_layers=1, hidden_dims=(8,), batch_size=4)
+    args = module.Args(q_min=-10.0, q_max=0.0, **sizes, **heads)
+    dataset, generator = common.ReplayBuffer(3, 2), np.random.default_rng(0)
+    rng = np.random.default_rng(1)
+    numbers = (rng.normal(size=(9, 3)), rng.uniform(-1, 1, (8, 2)), -np.ones(8), np.ones(8), -np.ones(8))
+    dataset.add_episode(*(array.astype(np.float32) for array in numbers))
+    agent = module.Agent(dataset, 3, 2, args, torch.device("cpu"), generator)
+    agent.improve_critic(0, 4)  # its optimiser has a state by now
+    latest = agent.latest
+
+    def state():
+        torch.save({name: part.state_dict() for name, part in agent.kept().items()}, file := io.BytesIO())
+        return file.getvalue(), torch.get_rng_state().tolist(), generator.bit_generator.state
+
+    before = state()
+    offline, update = agent.time_later()
+    assert offline > update > 0
+    assert state() == before and agent.latest is latest
+    agent.improve_critic(1, 4)
+    assert state() != before
 
 
 PHASES_LEFT = [("offline", "bc"), ("distill", "offline"), ("online", "bc"), ("online", "offline_distill")]

@@ -26,7 +26,9 @@ def counters(**flags):
 
 def updates(clock, phase, number, seconds, first=0.0, **flags):
     """Goes through a phase, the first update of which takes `first` seconds more."""
-    for step in counters(**flags).steps(phase, number):
+    where = counters(**flags)
+    then = {"bc": lambda _: where.then_offline(1800.0, 0.5), "offline": where.then_online}[phase]
+    for step in where.steps(phase, number, then):
         clock.now += seconds + first * (step == 0)
 
 
@@ -36,7 +38,7 @@ def lines(capsys):
 
 def test_a_phase_is_told_after_20_updates_the_first_of_which_is_not_timed(clock, capsys):
     """A minute of compilation taken for what every update takes."""
-    updates(clock, "bc", 1000, 2.0, first=60.0, online_steps=0)
+    updates(clock, "bc", 1000, 2.0, first=60.0, offline_steps=0, online_steps=0)
     assert lines(capsys) == ["bc: about 33 minutes for 980 more updates; without evaluations"]
     updates(clock, "bc", 1000, 0.05)  # less than a minute
     updates(clock, "bc", 19, 100.0)
@@ -57,6 +59,13 @@ def test_offline_rl_tells_what_fine_tuning_takes_at_least(flags, expected, clock
     """Nothing where there is none; no total where the length of an episode is not known."""
     updates(clock, "offline", 20_020, 1.0, **flags)
     assert lines(capsys) == [f"offline: about 5.6 hours for 20000 more updates{expected}; without evaluations"]
+
+
+def test_cloning_tells_what_the_other_phases_take(clock, capsys):
+    """Hours of cloning paid for before the days of offline RL are known."""
+    updates(clock, "bc", 1000, 2.0, offline_steps=3600, online_steps=600)
+    rest = "; then offline about 30 minutes; then online at least 5.0 minutes for 600 environment steps"
+    assert lines(capsys) == [f"bc: about 33 minutes for 980 more updates{rest}; without evaluations"]
 
 
 def test_online_is_told_after_an_episode(clock, capsys):
