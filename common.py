@@ -63,6 +63,17 @@ def start(args):
     return device, np.random.default_rng(args.seed)
 
 
+@contextlib.contextmanager
+def num_threads(number):
+    """Within the block torch has so many threads, after it as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def compiled(function, **options):
     """torch.compile(function, **options) that captures the gradients taken inside of it as well. Raises InputError."""
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):

@@ -40,12 +40,16 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+
+# Before torch is loaded: its threads wait for each other awake; beside other programs that made them 6 times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
@@ -727,8 +731,9 @@ class Agent:
     def act(self, obs, keys):
         return act(self.policy_ema, self.critic_ema, self.normalized(obs), self.args, keys).cpu().numpy()
 
-    def explore(self, obs, _keys):  # noise from the run's own generator
-        return self.act(obs, None)
+    def explore(self, obs, _keys):  # noise from the run's own generator; one state is not shared out among threads
+        with common.num_threads(1):
+            return self.act(obs, None)
 
     def remember(self, episode):
         """Add an episode of common.run_episodes to the online buffer."""

@@ -67,6 +67,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+# Before torch is loaded: its threads wait for each other awake; beside other programs that made them 6 times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import gymnasium as gym
 import numpy as np
 import safetensors.torch

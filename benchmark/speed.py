@@ -2,6 +2,7 @@
 
 python benchmark/speed.py                          # all policies, all settings: benchmark/speed.md and speed.csv
 python benchmark/speed.py --settings antmaze --policies diffusion --device cuda --compile
+python benchmark/speed.py --beside 2 --name busy   # with two other programs on the cores
 python benchmark/speed.py --growth                 # a critic update as K, T, E and the batch double: growth.md, .csv
 
 Times are medians over repeats in one process, the operations taking turns, with the machine's own matrix product
@@ -9,12 +10,14 @@ Times are medians over repeats in one process, the operations taking turns, with
 matrix products. Memory is the process's highest resident size, or on a GPU what torch allocated at most.
 """
 
+import contextlib
 import copy
 import csv
 import multiprocessing
 import resource
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -59,6 +62,7 @@ class Options:
     threads: int = 2  # CPU threads of torch
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
     compile: bool = False  # torch.compile the two updates, as the scripts' flag does
+    beside: int = 0  # programs that keep a core busy each, meanwhile
     growth: bool = False  # the other table
     name: str = ""  # of the files written, default: speed or growth
 
@@ -99,13 +103,17 @@ def operations(module, args, policy, critic, batch, options):
         actions, q = module.optimize_actions(critic, batch["obs"], samples, args, batch["actions"])
         clone(module.choose(actions, q, sample=True))
 
+    def act_alone(state):  # as Agent.explore does
+        with common.num_threads(1):
+            module.act(policy_ema, critic, state, args)
+
     return {
         "critic update, cached samples": lambda: critic_update(cached),
         "critic update, fresh samples": lambda: critic_update(policy_ema.sample(states, args.num_samples)),
         "distillation step": distill,
         "cloning step": lambda: clone(batch["actions"]),
         f"sampling {args.batch_size} x {args.num_samples}": lambda: policy_ema.sample(batch["obs"], args.num_samples),
-        "acting on 1 state": lambda: module.act(policy_ema, critic, states[:1], args),
+        "acting on 1 state": lambda: act_alone(states[:1]),
         "acting on 50 states": lambda: module.act(policy_ema, critic, states[:50], args),
     }
 
@@ -174,6 +182,19 @@ def in_own_process(function, *arguments, **keywords):
         return pool.apply(function, arguments, keywords)
 
 
+@contextlib.contextmanager
+def competing(number):
+    """So many processes that multiply matrices without end, one thread each."""
+    busy = "import torch; torch.set_num_threads(1); a = torch.randn(512, 512)\nwhile True: a @ a"
+    programs = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
 def digits(value):
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -212,6 +233,8 @@ def main(options):
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options, description=__doc__))
+        options = tyro.cli(Options, description=__doc__)
+        with competing(options.beside):
+            main(options)
     except common.InputError as error:
         sys.exit(f"error: {error}")

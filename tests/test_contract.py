@@ -119,7 +119,8 @@ def test_no_work_at_import_and_nothing_of_ours_but_common(script):
     *body, last = tree.body
     assert isinstance(body[0].value, ast.Constant) and ast.unparse(last.test) == "__name__ == '__main__'"
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
-    assert all(isinstance(node, allowed) for node in body[1:])
+    others = [ast.unparse(node) for node in body[1:] if not isinstance(node, allowed)]
+    assert others == ["os.environ.setdefault('GOMP_SPINCOUNT', '3000')"]  # which torch reads when it is loaded
 
 
 def test_a_script_is_imported_with_common_alone(script, tmp_path):
