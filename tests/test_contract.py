@@ -409,6 +409,16 @@ def test_trying_what_later_phases_cost_changes_nothing_of_the_run(script):
     assert state() != before
 
 
+@pytest.mark.parametrize("script", PARALLEL)
+def test_one_state_is_acted_on_by_one_thread(script, monkeypatch):
+    """Beside other programs the second one is waited for, and an action took 2.6 seconds."""
+    agent_class, threads = importlib.import_module(script).Agent, []
+    monkeypatch.setattr(agent_class, "act", lambda *_: threads.append(torch.get_num_threads()))
+    with common.num_threads(2):
+        agent_class.explore(object.__new__(agent_class), None, None)
+        assert threads == [1] and torch.get_num_threads() == 2
+
+
 PHASES_LEFT = [("offline", "bc"), ("distill", "offline"), ("online", "bc"), ("online", "offline_distill")]
 
 
