@@ -37,7 +37,7 @@ import parl_diffusion as parl  # noqa: E402
 from benchmark import slalom  # noqa: E402
 
 TASKS = {  # --env-id and flags
-    "slalom": ("benchmark.slalom:Slalom-v0", parl.SMALL | dict(bc_steps=4000, batch_size=128, policy_ema_rate=0.01)),
+    "slalom": ("benchmark.slalom:Slalom-v0", parl.LAPTOP | dict(bc_steps=4000, batch_size=128, policy_ema_rate=0.01)),
     "drawer-open": ("metaworld-drawer-open", parl.PRESETS["metaworld"] | dict(bc_steps=6000, policy_ema_rate=0.01)),
 }
 STEPS, WIDTHS, SEEDS, NUM_EPISODES = (5, 10, 20), (64, 128), (0, 1, 2), 100
