@@ -64,7 +64,7 @@ def start(args):
 
 
 @contextlib.contextmanager
-def num_threads(number):
+def threads(number):
     """Within the block torch has so many threads, after it as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)

@@ -67,7 +67,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-# Before torch is loaded: its threads wait for each other awake; beside other programs that made them 6 times slower.
+# Read when torch is loaded: how long its threads wait awake for each other. Its default is slow beside other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import gymnasium as gym

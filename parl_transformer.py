@@ -45,10 +45,9 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
-# Before torch is loaded: its threads wait for each other awake; beside other programs that made them 6 times slower.
+# Read when torch is loaded: how long its threads wait awake for each other. Its default is slow beside other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -116,7 +115,7 @@ class Args(common.RunArgs):
     num_components: int = 5  # of the mixture of --head continuous
 
 
-LAPTOP = dict(  # for its CPU
+LAPTOP = dict(  # for a laptop's CPU
     num_threads=1, eval_every=2000, log_every=250,
     bc_steps=10_000, offline_steps=4000, online_steps=4000, online_episodes=None, batch_size=64,
     target_rate=0.05, critic_lr=1e-3, critic_ema_rate=0.005, hidden_dims=(128, 128), ensemble_size=2, cql_weight=0.1,
@@ -681,7 +680,8 @@ def train(args: Args) -> Path:
         end_update()
 
     def tell_the_rest(_seconds):
-        return counters.then_offline(*agent.time_later())
+        is_last = args.offline_steps == 0 in (args.online_steps, args.online_episodes)
+        return "" if is_last else counters.then_offline(*agent.time_later())
 
     # Phase 1: behaviour cloning
     for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps, tell_the_rest):
@@ -840,7 +840,7 @@ class Agent:
         return act(self.policy_ema, self.critic_ema, self.normalized(obs), self.args, keys).cpu().numpy()
 
     def explore(self, obs, _keys):  # noise from the run's own generator; one state is not shared out among threads
-        with common.num_threads(1):
+        with common.threads(1):
             return self.act(obs, None)
 
     def remember(self, episode):
@@ -855,13 +855,12 @@ class Agent:
         twin, names = copy.copy(self), ("critic", "target_critic", "critic_ema", "critic_optimizer", "generator")
         vars(twin).update(copy.deepcopy({name: getattr(self, name) for name in names}), update_critic=update_critic)
         with torch.random.fork_rng():
-            for _ in range(2):  # the first takes longer
+            for _ in range(2):  # the first takes longer; numbers are read, for a GPU to be waited for
                 began = time.perf_counter()
-                samples = draw_samples(self.policy_ema, twin.draw_batch(args.batch_size), args.num_samples)
+                draw_samples(self.policy_ema, twin.draw_batch(args.batch_size), args.num_samples).sum().item()
                 drawn = time.perf_counter() - began
-                cache = SimpleNamespace(samples=lambda _batch, samples=samples: samples)
-                float(twin.improve_critic(0, args.batch_size, cache)["critic/loss"])
-                both = time.perf_counter() - began
+                twin.improve_critic(0, args.batch_size)["critic/loss"].item()
+                both = time.perf_counter() - began - drawn
         draws = states / (2 * args.batch_size) if SampleCache.pays(states, self.act_dim, args) else args.offline_steps
         return (both - drawn) * args.offline_steps + drawn * draws, both
 

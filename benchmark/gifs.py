@@ -1,4 +1,4 @@
-"""An episode before and one after PA-RL, side by side from the same start: benchmark/NAME.gif, under 2 MB.
+"""An episode before and one after PA-RL, side by side from the same start: benchmark/NAME.gif.
 
 python benchmark/gifs.py drawer runs/gif_drawer    # a whole run with --capture-video
 """
@@ -12,6 +12,11 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 HEIGHT, MOST_FRAMES, COLOURS = 160, 60, 64
+
+
+def last(folders):
+    """That of the evaluation after the most steps."""
+    return max(folders, key=lambda folder: int(folder.name.split("-")[1]))
 
 
 def frames_of(folder, episode):
@@ -29,9 +34,7 @@ def side_by_side(before, after):
 
 
 def main(name, run, episode=0):
-    videos = Path(run) / "videos"
-    (before,) = videos.glob("bc-*")
-    (after,) = videos.glob("online-*")
+    before, after = (last(Path(run).glob(f"videos/{phase}-*")) for phase in ("bc", "online"))
     first, *others = side_by_side(frames_of(before, int(episode)), frames_of(after, int(episode)))
     first.save(HERE / f"{name}.gif", save_all=True, append_images=others, duration=80, loop=0)
 

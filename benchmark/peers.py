@@ -53,9 +53,9 @@ class Options:
     name: str = ""  # default: METHOD-ENV_ID
 
 
-def as_d3rlpy(dataset, transition_picker):
+def as_d3rlpy(dataset, cost, transition_picker):
     """A common.ReplayBuffer as d3rlpy's. There a time limit's last step has no next one and is left out, so an episode
-    that ends so gets one more row, of its last state, with an action that is not used."""
+    that ends so gets one more row, of its last state, with its last action and the reward `cost`."""
     observations, actions, rewards, terminals, timeouts = [], [], [], [], []
     ends = np.unique(dataset.last_rows[: len(dataset)])
     for first, last in zip([0, *(ends[:-1] + 1)], ends, strict=True):
@@ -63,7 +63,7 @@ def as_d3rlpy(dataset, transition_picker):
         states = dataset.state_rows[rows]
         observations.append(dataset.states[states[0] : states[-1] + 1 + more])
         actions.append(np.append(dataset.actions[rows], dataset.actions[[last] * more], 0))
-        rewards.append(np.append(dataset.rewards[rows], np.zeros(more)))
+        rewards.append(np.append(dataset.rewards[rows], [cost] * more))
         for flags, ended in ((terminals, not more), (timeouts, bool(more))):
             flags.append(np.append(np.zeros(len(rows) + more - 1), ended))
     arrays = (np.concatenate(arrays).astype(np.float32) for arrays in (observations, actions, rewards))
@@ -76,14 +76,14 @@ def main(options):
     torch.set_num_threads(1)
     d3rlpy.seed(options.seed)
     family = common.family(options.env_id)
-    preset = parl_diffusion.PRESETS.get(options.preset or family, {})
+    preset = common.preset_flags(options.preset or family, parl_diffusion.PRESETS, parl_diffusion.Args)
     args = parl_diffusion.Args(env_id=options.env_id, **preset)
     eval_envs = [envs.make(args.env_id, args.sparse_reward) for _ in range(10)]
     rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
     dataset = envs.load_dataset(args.env_id, options.dataset_path, *rewards_as, eval_envs[0])
-    picker = d3rlpy.dataset.BasicTransitionPicker()
+    picker, cost = d3rlpy.dataset.BasicTransitionPicker(), 0.0
     if args.sparse_reward:  # a failure costs for ever, as in common.ReplayBuffer
-        cost = float(dataset.rewards[: len(dataset)].min())
+        cost = float(common.step_rewards(dataset, args).min())
         picker = d3rlpy.dataset.SparseRewardTransitionPicker(cost / (1 - args.discount), cost)
 
     settings = {} if options.method == "bc" else dict(gamma=args.discount)
@@ -94,9 +94,10 @@ def main(options):
     def act(obs, _keys):
         return learner.predict(obs)
 
-    rows, trained, began = [], 0.0, time.perf_counter()
     silent = dict(logger_adapter=d3rlpy.logging.NoopAdapterFactory(), show_progress=False)
-    epochs = learner.fitter(as_d3rlpy(dataset, picker), 10**9, n_steps_per_epoch=100, **silent)
+    epochs = learner.fitter(as_d3rlpy(dataset, cost, picker), 10**9, n_steps_per_epoch=100, **silent)
+    next(epochs)  # which prepares the observations first
+    rows, trained, began = [], 0.0, time.perf_counter()
     for epoch, _ in epochs:
         minutes = trained + (time.perf_counter() - began) / 60
         if minutes < min(options.minutes, options.eval_minutes * (len(rows) + 1)):

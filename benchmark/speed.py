@@ -14,6 +14,7 @@ import contextlib
 import copy
 import csv
 import multiprocessing
+import os
 import resource
 import shlex
 import statistics
@@ -104,7 +105,7 @@ def operations(module, args, policy, critic, batch, options):
         clone(module.choose(actions, q, sample=True))
 
     def act_alone(state):  # as Agent.explore does
-        with common.num_threads(1):
+        with common.threads(1):
             module.act(policy_ema, critic, state, args)
 
     return {
@@ -184,8 +185,9 @@ def in_own_process(function, *arguments, **keywords):
 
 @contextlib.contextmanager
 def competing(number):
-    """So many processes that multiply matrices without end, one thread each."""
-    busy = "import torch; torch.set_num_threads(1); a = torch.randn(512, 512)\nwhile True: a @ a"
+    """So many processes that multiply matrices on one thread each, until this one ends."""
+    busy = "import os, torch; torch.set_num_threads(1); a = torch.randn(512, 512)\n"
+    busy += f"while os.getppid() == {os.getpid()}: a @ a"
     programs = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(number)]
     try:
         yield

@@ -414,7 +414,7 @@ def test_one_state_is_acted_on_by_one_thread(script, monkeypatch):
     """Beside other programs the second one is waited for, and an action took 2.6 seconds."""
     agent_class, threads = importlib.import_module(script).Agent, []
     monkeypatch.setattr(agent_class, "act", lambda *_: threads.append(torch.get_num_threads()))
-    with common.num_threads(2):
+    with common.threads(2):
         agent_class.explore(object.__new__(agent_class), None, None)
         assert threads == [1] and torch.get_num_threads() == 2
 
