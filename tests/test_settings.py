@@ -42,9 +42,9 @@ LAPTOP = dict(
     bc_lr=1e-3, distill_lr=1e-4, policy_ema_rate=0.003, width=64, num_layers=2, objective="flow",
 )  # fmt: skip
 ANTMAZE = LAPTOP | dict(
-    sparse_reward=True, reward_bias=-1.0, discount=0.995, action_chunk=5, eval_every=5000, log_every=500,
-    bc_steps=20_000, offline_steps=10_000, online_steps=6000, batch_size=128,
-    target_rate=0.02, critic_ema_rate=0.002, hidden_dims=(256, 256), cql_weight=0.02, width=128,
+    sparse_reward=True, reward_bias=-1.0, discount=0.998, action_chunk=5, eval_every=5000, log_every=500,
+    bc_steps=20_000, offline_steps=15_000, online_steps=6000,
+    critic_ema_rate=0.002, hidden_dims=(256, 256), cql_weight=0.02, width=128,
 )  # fmt: skip
 
 PRESETS = {
