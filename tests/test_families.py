@@ -82,7 +82,7 @@ def minari(folder):
 @pytest.mark.parametrize(
     ("script", "env_id", "make_flags", "value_range"),
     [
-        ("parl_gaussian", "antmaze-umaze-v2", antmaze, (-200, 0)),
+        ("parl_gaussian", "antmaze-umaze-v2", antmaze, (-500, 0)),
         ("parl_transformer", "kitchen-mixed-v0", kitchen, (-400, 0)),
         ("parl_diffusion", "metaworld-door-open", metaworld, (-100, 0)),
         ("parl_gaussian", "cube-single-noisy-singletask-task1-v0", ogbench, (-100, 0)),
