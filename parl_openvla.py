@@ -68,7 +68,7 @@ from pathlib import Path
 from typing import Literal
 
 # Read when torch is loaded: how long its threads wait awake for each other. Its default is slow beside other programs.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import gymnasium as gym
 import numpy as np

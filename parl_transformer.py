@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import Literal
 
 # Read when torch is loaded: how long its threads wait awake for each other. Its default is slow beside other programs.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch

@@ -120,7 +120,7 @@ def test_no_work_at_import_and_nothing_of_ours_but_common(script):
     assert isinstance(body[0].value, ast.Constant) and ast.unparse(last.test) == "__name__ == '__main__'"
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
     others = [ast.unparse(node) for node in body[1:] if not isinstance(node, allowed)]
-    assert others == ["os.environ.setdefault('GOMP_SPINCOUNT', '3000')"]  # which torch reads when it is loaded
+    assert others == ["os.environ.setdefault('GOMP_SPINCOUNT', '10000')"]  # which torch reads when it is loaded
 
 
 def test_a_script_is_imported_with_common_alone(script, tmp_path):
