@@ -154,22 +154,29 @@ def endless_failure(rewards, masks, discount):
     return rewards
 
 
-def learned_from(episode, args):
-    """The rewards (L,) that an online episode is learned from, scaled, and its returns-to-go (L,). episode: with raw
-    rewards and masks (L,), and success. Raises InputError where --sparse-reward and not success alone pays 0."""
+def scaled_rewards(episode, args):
+    """reward * scale + bias (L,) of an episode with raw rewards (L,) and success. Raises InputError where
+    --sparse-reward and not success alone, which ends the episode, pays 0."""
     rewards = (np.asarray(episode["rewards"]) * args.reward_scale + args.reward_bias).round(6)
-    returns = mc_returns(rewards, episode["masks"], args.discount, args.sparse_reward)
+    is_sparse = rewards[:-1].max(initial=-1) < 0 and rewards[-1] <= 0 and (rewards[-1] == 0) == episode["success"]
+    if args.sparse_reward and not is_sparse:
+        most, last = rewards[:-1].max(initial=rewards[-1]), rewards[-1]
+        paid = f"with --reward-scale and --reward-bias an episode paid {most:g} at most, and {last:g} at its end"
+        expected = "expected 0 for success, info['success'], which ends it, and less for other steps"
+        raise InputError(f"--sparse-reward: {paid}, with success {bool(episode['success'])}; {expected}")
+    return rewards
+
+
+def learned_from(episode, args):
+    """The rewards (L,) that an online episode is learned from, scaled, and its returns-to-go (L,). Raises InputError
+    as `scaled_rewards` does."""
+    rewards, masks = scaled_rewards(episode, args), episode["masks"]
+    returns = mc_returns(rewards, masks, args.discount, args.sparse_reward)
     if not args.sparse_reward:
         return rewards, returns
-    if rewards.max() > 0 or (rewards[:-1] == 0).any() or (rewards[-1] == 0) != episode["success"]:
-        paid = (
-            f"with --reward-scale and --reward-bias an episode paid {rewards[:-1].max(initial=rewards[-1]):g} at most"
-        )
-        paid += f", and {rewards[-1]:g} at its end, with success {bool(episode['success'])}"
-        raise InputError(f"--sparse-reward: {paid}; expected 0 for success, info['success'], and less for other steps")
-    if episode["masks"][-1] == 0 and rewards.max() < 0:
+    if masks[-1] == 0 and rewards.max() < 0:
         warn_once("--sparse-reward: an episode ended in a failure, which counts as its last cost for ever")
-    return endless_failure(rewards, episode["masks"], args.discount), returns
+    return endless_failure(rewards, masks, args.discount), returns
 
 
 @functools.cache
@@ -200,7 +207,7 @@ class ReplayBuffer:
         self.rewards, self.masks, self.mc_returns = (np.zeros(1024, np.float32) for _ in range(3))
         self.state_rows = np.zeros(1024, np.int64)
         self.last_rows = np.zeros(1024, np.int64)  # for each transition that of its episode's last one
-        self.starts_of = self.starts = None  # where chunks of how many steps can begin
+        self.starts_of = self.starts = None  # of `chunk_starts`: its answer, and to which (chunk, transitions)
 
     def __len__(self):
         return self.num_transitions
@@ -209,10 +216,15 @@ class ReplayBuffer:
         """observations (L + 1, O), the last next one included; actions (L, A); rewards, masks, mc_returns (L,).
 
         mask = 1 - terminated: 0 at success or failure, 1 elsewhere and at a time limit. Actions are clipped to
-        +-0.99999, where a tanh policy can reach them.
+        +-0.99999, where a tanh policy can reach them. Raises ValueError for other lengths, actions beyond [-1, 1], and
+        numbers that are not finite.
         """
         if not len(observations) - 1 == len(actions) == len(rewards) == len(masks) == len(mc_returns):
             raise ValueError("an episode of L actions has L + 1 observations and L rewards, masks and mc_returns")
+        if not all(np.isfinite(values).all() for values in (observations, actions, rewards, masks, mc_returns)):
+            raise ValueError("an episode has a number that is not finite")
+        if np.abs(actions).max() > 1.01:
+            raise ValueError(f"an episode has actions up to {np.abs(actions).max():g}; expected [-1, 1]")
         self.state_rows = append(self.state_rows, self.num_transitions, self.num_states + np.arange(len(actions)))
         self.states = append(self.states, self.num_states, observations)
         self.actions = append(self.actions, self.num_transitions, np.clip(actions, -0.99999, 0.99999))
@@ -288,16 +300,16 @@ def sample_both(offline, online, num_offline, num_online, generator, chunk=1, di
 EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the integers after it
 
 
-def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda: None):
+def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda episode: None):
     """One episode per seed, each run to its end; the result does not depend on how many `envs` there are.
 
     act(obs (N, O), keys) -> actions (N, A) in [-1, 1], or chunks of them (N, h * A) that are carried out one step after
     the other before act is asked again; keys[i] = (episode seed, step) seeds what is random in row i.
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
     success (at any step). Observations are float32, or images as they are.
-    batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number. on_end(): called at
-    the end of each episode.
-    Raises FloatingPointError for an observation, reward or action that is not finite, before an action is sent.
+    batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number. on_end(episode):
+    called with each as it ends. Raises FloatingPointError for an observation, reward or action that is not finite, and
+    InputError for an action beyond [-1, 1], before one is sent, and for a step without info["success"].
     """
     episodes = [Episode(envs[k % len(envs)], int(seed)) for k, seed in enumerate(seeds)]
     waiting = [deque(episodes[i :: len(envs)]) for i in range(len(envs))]  # who runs what is settled beforehand
@@ -317,7 +329,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda: 
         for i, episode in list(running.items()):
             if episode.step(render=bool(video_dir)):
                 del running[i]
-                on_end()
+                on_end(episode.arrays())
     if video_dir:
         for episode in episodes:
             write_video(Path(video_dir) / f"episode-{episode.seed}.mp4", episode.frames)
@@ -343,8 +355,12 @@ class Episode:
         """Carry out the next action of the plan. Returns whether the episode is over."""
         action = self.plan.popleft()
         self.check("action", action)
+        if np.abs(action).max() > 1 + 1e-3:
+            raise InputError(f"{self.where()}: action {action}; expected from the policy's sample within [-1, 1]")
         obs, reward, terminated, truncated, info = self.env.step(np.array(action))
         self.check("reward", reward)
+        if "success" not in info:
+            raise InputError(f'{self.where()}: info has no "success"; expected it at every step')
         self.actions.append(action)
         self.rewards.append(float(reward))
         self.masks.append(1.0 - terminated)
@@ -358,9 +374,11 @@ class Episode:
         with np.errstate(over="ignore"):
             is_finite = np.isfinite(np.asarray(value, np.float32)).all()
         if not is_finite:
-            name_of_env = self.env.spec.id if self.env.spec else type(self.env.unwrapped).__name__
-            where = f"{name_of_env}, episode with reset seed {self.seed}, step {len(self.actions)}"
-            raise FloatingPointError(f"{where}: {name} is not finite, {value}; no further action was sent")
+            raise FloatingPointError(f"{self.where()}: {name} is not finite, {value}; no further action was sent")
+
+    def where(self):
+        name = self.env.spec.id if self.env.spec else type(self.env.unwrapped).__name__
+        return f"{name}, episode with reset seed {self.seed}, step {len(self.actions)}"
 
     def arrays(self):
         names = ("actions", "rewards", "masks")
@@ -381,13 +399,39 @@ def write_video(path, frames):
     imageio.mimwrite(path, frames, fps=12)
 
 
+def check_spaces(env):
+    """Raises InputError unless an environment has observations (O,), and actions (A,) from -1 to 1, as envs.make's."""
+    observes, acts = env.observation_space, env.action_space
+    if len(observes.shape or ()) != 1:
+        raise InputError(f"observations {observes}; expected a Box of one dimension (gymnasium's FlattenObservation)")
+    if len(acts.shape or ()) != 1 or not ((acts.low == -1) & (acts.high == 1)).all():
+        raise InputError(f"actions {acts}; expected a Box of one dimension from -1 to 1 (gymnasium's RescaleAction)")
+
+
+def check_policy(policy, obs, act_dim, args):
+    """Raises InputError where a policy's methods do not give what they have to (docs/your-own-policy.md), tried at obs
+    (B, O): now, not after hours of training. The run's own noise is untouched."""
+    name, expected = type(policy).__name__, (len(obs), args.num_samples, act_dim)
+    with torch.no_grad(), torch.random.fork_rng():
+        actions = policy.sample(obs, args.num_samples)
+        if actions.shape != expected:
+            what = f"{expected}: states, --num-samples, the dimensions of --action-chunk {args.action_chunk} actions"
+            raise InputError(f"{name}.sample: returned shape {tuple(actions.shape)}; expected {what}")
+        if not actions.abs().max() <= 1 + 1e-3:
+            raise InputError(f"{name}.sample: returned {actions.abs().max():g}; expected actions within [-1, 1]")
+        loss = policy.loss(obs, actions[:, 0])
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        returned = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise InputError(f"{name}.loss: returned {returned}; expected one number, a tensor")
+
+
 def num_envs(args):
     """How many evaluation episodes run side by side: up to ten of the simulators in envs/; whatever else --env-id names
     may be a robot, of which there is one."""
     return max(1, min(10, args.num_eval_episodes)) if family(args.env_id) else 1
 
 
-def evaluate(envs, act, num_episodes, prefix="eval/", on_end=lambda: None):
+def evaluate(envs, act, num_episodes, prefix="eval/", on_end=lambda episode: None):
     """Means over `num_episodes` fixed seeds: {prefix + success_rate, return, length, steps_to_goal}, the last over
     successful episodes only and absent where there are none; {} for 0 episodes. envs, act, on_end: `run_episodes`'s."""
     if num_episodes == 0:
@@ -404,17 +448,23 @@ def evaluate(envs, act, num_episodes, prefix="eval/", on_end=lambda: None):
     return {prefix + name: float(value) for name, value in means.items()}
 
 
-def evaluate_agent(envs, agent, run, args, guard=lambda act: act):
+def evaluate_agent(envs, agent, run, args, guard=lambda act: act, check=lambda episode, args: None):
     """The eval columns of a row: of the raw policy and, once there is a critic, of the optimised one.
 
-    agent: has act_raw and act, see `run_episodes`; guard(act): what is called in its place. With --capture-video three
+    agent: has act_raw and act, see `run_episodes`; guard(act): what is called in its place; check(episode, args): what
+    raises an error where an episode is not as it should be. With --capture-video three
     episodes are left in the run's folder, of the optimised policy once there is one.
     """
     has_critic, number = run.counters.phase != "bc", args.num_eval_episodes
+
+    def on_end(episode):
+        progress.update()
+        check(episode, args)
+
     with bar("evaluation", "episodes", number * (1 + has_critic), leave=False, delay=2) as progress:
-        row = evaluate(envs, guard(agent.act_raw), number, "eval/policy_", progress.update)
+        row = evaluate(envs, guard(agent.act_raw), number, "eval/policy_", on_end)
         if has_critic:
-            row |= evaluate(envs, guard(agent.act), number, "eval/", progress.update)
+            row |= evaluate(envs, guard(agent.act), number, "eval/", on_end)
     if args.capture_video and number:
         folder = run.directory / "videos" / f"{run.counters.phase}-{run.counters.gradient_step}"
         actor = guard(agent.act if has_critic else agent.act_raw)
@@ -1015,7 +1065,7 @@ class RunArgs:
     dataset_path: str | None = None  # .hdf5 or .npz, see docs/environments.md; made: for some OGBench ids, made here
     obs_keys: tuple[str, ...] = ()  # of a --dataset-path in robomimic's layout: which obs, end to end in this order
     policy_checkpoint: str = ""  # start from the policy in this checkpoint.pt instead of cloning one
-    seed: int = 0  # of everything random but the embedded data; numpy's and Python's global generators get it too
+    seed: int = 0  # of everything random but data made here; numpy's and Python's global generators get it too
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU where there is one
     num_threads: int = 0  # CPU threads of torch; 0: all cores. Small networks are fastest with 1
     compile: bool = False  # torch.compile the critic's and the policy's update

@@ -7,7 +7,7 @@ action than the policy's, PA-RL makes one:
     1. sample     K actions from the policy
     2. re-rank    keep the M that the critic values most                              (global optimisation)
     3. ascend     move each kept action T steps up the critic's action gradient       (local optimisation)
-    4. choose     the best for the TD target and to act (with --act-draw a draw); a softmax draw to learn from
+    4. choose     the best, for the TD target; a draw from softmax(Q), to learn from; to act either (--act-draw)
     5. distil     the policy's own supervised loss on the chosen action: no gradient passes from critic to policy
 
 in three phases: behaviour cloning; offline RL (the critic learns, the policy is frozen); online fine-tuning (collect an
@@ -25,6 +25,9 @@ episode with optimised actions, distil, update the critic). The algorithm asks t
     n       cql_n_actions        uniform actions in the CQL term, and the weight of each policy action there
     gamma   discount             per environment step
     h       action_chunk         environment steps that one decision covers: to the algorithm, one longer action
+
+NOTE(differs) marks where this is not the paper. "(released: X)": the authors' code does X. "(as in the released code)":
+there it is as here. docs/algorithm.md lists them all.
 
 Shapes: B batch of states, O observation dimension, A action dimension, N any number of actions per state, bins of the
 value distribution.
@@ -65,7 +68,7 @@ class Args(common.RunArgs):
 
     # phases
     bc_steps: int = 3_000_000  # gradient steps of behaviour cloning
-    offline_steps: int = 1_000_000  # critic updates of offline RL; 0: pure online
+    offline_steps: int = 1_000_000  # critic updates of offline RL; 0: none
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
     online_episodes: int | None = 1000  # episodes, or online_steps if sooner; either given alone drops the other
     batch_size: int = 256  # transitions per update (B)
@@ -85,17 +88,17 @@ class Args(common.RunArgs):
     num_bins: int = 128  # bins of the value distribution (HL-Gauss); 0: scalar values, squared error
     q_min: float | None = None  # lowest value; None: min(r, 0) / (1 - discount) over the data
     q_max: float | None = None  # highest value; None: max(r, 0) / (1 - discount) over the data, 0 for sparse rewards
-    cql_weight: float = 0.005  # weight of the CQL term
+    cql_weight: float = 0.005  # weight of the CQL term, which values actions that are not the data's lower
     cql_n_actions: int = 10  # uniform actions in it, and how often each policy action counts (n)
     # action optimisation
     num_samples: int = 32  # actions drawn from the policy per state (K)
     num_keep: int = 10  # of which the critic keeps the best (M)
     num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
     action_lr: float = 3e-4  # their step size (alpha)
-    act_draw: bool = False  # act with a draw from softmax(Q) too, as the policy learns from, not with the best
+    act_draw: bool = False  # act with a draw from softmax(Q), like the one to learn from, instead of the best
     sample_cache_gb: float = 1.0  # memory for samples of the frozen policy; 0: drawn anew each time, as released
     # online fine-tuning
-    policy_utd: int = 1  # distillation steps per environment step
+    policy_utd: int = 1  # distillation steps per environment step ("updates to data")
     critic_utd: int = 1  # critic updates per environment step
     offline_ratio: float = 0.5  # dataset's share of a critic batch (of a distillation batch: by size); 0: of neither
     offline_distill_steps: int = 0  # distillation at the end of offline RL, for a policy that acts without a critic
@@ -153,7 +156,7 @@ PRESETS = {
 class GaussianPolicy(nn.Module):
     """tanh of a normal distribution whose mean and standard deviation (per dimension) are functions of the state."""
 
-    fixed_flags = ("width", "num_layers")  # of a checkpoint: its weights mean nothing with others
+    fixed_flags = ("width", "num_layers")  # must be a checkpoint's own: its weights mean nothing with others
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
@@ -222,6 +225,8 @@ def value_range(rewards, args):
     Raises InputError."""
     if args.sparse_reward and not len(rewards) and args.q_min is None and args.reward_bias >= 0:
         raise InputError("--q-min: expected one; there is no dataset to take what a step costs from")
+    if args.sparse_reward and rewards.max(initial=0) > 0:
+        raise InputError(f"--sparse-reward: the data pay {rewards.max():g}, scaled; expected success to pay most, 0")
     if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
         rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
@@ -231,7 +236,8 @@ def value_range(rewards, args):
     if args.sparse_reward and low == 0:
         raise InputError("--sparse-reward: no reward * scale + bias is below 0; for rewards 0 and 1, --reward-bias -1")
     if not low < high:
-        raise InputError(f"--q-min {low}: expected less than --q-max {high}")
+        hint = "; every reward * scale + bias is 0, expected success to pay" if low == high == 0 else ""
+        raise InputError(f"--q-min {low}: expected less than --q-max {high}{hint}")
     return low, high
 
 
@@ -242,7 +248,7 @@ class Critic(nn.Module):
     NOTE(differs): all members of the ensemble share one output head (as in the released code).
     """
 
-    fixed_flags = ("num_bins", "q_min", "q_max")  # of a checkpoint: its weights mean nothing with others
+    fixed_flags = ("num_bins", "q_min", "q_max")  # must be a checkpoint's own: its weights mean nothing with others
 
     def __init__(self, obs_dim, act_dim, args):
         super().__init__()
@@ -326,10 +332,9 @@ def ascend(critic, obs, actions, args):
 def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     """The optimised actions of the paper: obs (B, O), candidates (B, K, A) -> actions (B, M, A) and their q (B, M).
 
-    NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    # at once: 2 MB of a hidden layer for the M
+    # at once, whose hidden layer for the M is 2 MB and stays in the cache
     states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
@@ -449,7 +454,7 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
     if cql_members is None:
         cql_members = torch.randint(args.ensemble_size, (args.critic_subset,), device=obs.device)
 
-    # TD: the target critic values the action that the online critic chose; all members learn it
+    # TD: the target critic values the action that the critic chose; all members learn it
     with torch.no_grad():
         next_q, _ = target_critic(batch["next_obs"], batch["next_policy_actions"][:, None], td_members)  # (2, B, 1)
         discount = args.discount**args.action_chunk
@@ -496,6 +501,7 @@ def move_average(average, network, rate):
 def update_critic(critic, target_critic, optimizer, batch, samples, args):
     """One critic update on a batch and the policy's samples (2B, K, A) at its obs and next_obs -> info.
 
+    NOTE(differs): this critic ranks, moves and picks, the target critic only evaluates (as in the released code).
     NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
     """
     for group in optimizer.param_groups:
@@ -557,7 +563,7 @@ def train(args: Args) -> Path:
             if evaluates:
                 counters.owes_evaluation = True
                 checkpoint.save()  # it can take long, and a run that is stopped in it goes on from here
-                row = common.evaluate_agent(eval_envs, agent, run, args, guard=stop.before)
+                row = common.evaluate_agent(eval_envs, agent, run, args, stop.before, common.scaled_rewards)
                 counters.owes_evaluation = False
             log.write(row)
             checkpoint.save()
@@ -572,7 +578,7 @@ def train(args: Args) -> Path:
         end_update()
 
     def tell_the_rest(_seconds):
-        is_last = args.offline_steps == 0 in (args.online_steps, args.online_episodes)
+        is_last = args.offline_steps == 0 and 0 in (args.online_steps, args.online_episodes)
         return "" if is_last else counters.then_offline(*agent.time_later())
 
     # Phase 1: behaviour cloning
@@ -587,7 +593,7 @@ def train(args: Args) -> Path:
         with log.timed("time/critic_ms"):
             log.add(agent.improve_critic(step, args.batch_size, cache))
         end_update(agent.describe)
-    if counters.done["distill"] == 0 < args.offline_distill_steps:
+    if args.offline_distill_steps and not counters.done["distill"]:
         agent.policy_optimizer.state.clear()
     for step in counters.steps("distill", args.offline_distill_steps):
         with log.timed("time/distill_ms"):
@@ -635,8 +641,10 @@ def set_up(args):
     import envs
 
     eval_envs = [envs.make(args.env_id, args.sparse_reward, args.capture_video) for _ in range(common.num_envs(args))]
-    env, (obs_dim,), (act_dim,) = eval_envs[0], eval_envs[0].observation_space.shape, eval_envs[0].action_space.shape
-    if (args.bc_steps or args.offline_ratio) and not args.eval_only:
+    env = eval_envs[0]
+    common.check_spaces(env)
+    (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+    if (args.bc_steps or args.offline_ratio or args.dataset_path) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
         dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env, args.obs_keys)
     else:
@@ -665,6 +673,7 @@ class Agent:
         self.normalizer = common.Normalizer(obs_dim, states).to(device)
         self.policy = GaussianPolicy(obs_dim, act_dim, args).to(device)
         self.policy_ema = copy.deepcopy(self.policy).eval()
+        common.check_policy(self.policy_ema, self.normalized(dataset.states[:2]), act_dim, args)
         self.critic = Critic(obs_dim, act_dim, args).to(device)
         self.target_critic, self.critic_ema = copy.deepcopy(self.critic), copy.deepcopy(self.critic)
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.bc_lr, fused=True)
@@ -741,13 +750,13 @@ class Agent:
         self.online.add_episode(episode["observations"], episode["actions"], rewards, episode["masks"], returns)
 
     def time_later(self):
-        """Seconds that offline RL will take, and a critic update online, tried on copies: the run itself goes on as if
-        it had not been."""
+        """For a line of progress: about how many seconds offline RL will take, and a critic update online. It is tried
+        on copies, so that the run's own networks and draws are untouched."""
         args, states = self.args, self.dataset.num_states
         twin, names = copy.copy(self), ("critic", "target_critic", "critic_ema", "critic_optimizer", "generator")
         vars(twin).update(copy.deepcopy({name: getattr(self, name) for name in names}), update_critic=update_critic)
         with torch.random.fork_rng():
-            for _ in range(2):  # the first takes longer; numbers are read, for a GPU to be waited for
+            for _ in range(2):  # the first takes longer; reading a number (.item) waits for a GPU
                 began = time.perf_counter()
                 draw_samples(self.policy_ema, twin.draw_batch(args.batch_size), args.num_samples).sum().item()
                 drawn = time.perf_counter() - began

@@ -7,7 +7,7 @@ action than the policy's, PA-RL makes one:
     1. sample     K actions from the policy
     2. re-rank    keep the M that the critic values most                              (global optimisation)
     3. ascend     move each kept action T steps up the critic's action gradient       (local optimisation)
-    4. choose     the best for the TD target and to act (with --act-draw a draw); a softmax draw to learn from
+    4. choose     the best, for the TD target; a draw from softmax(Q), to learn from; to act either (--act-draw)
     5. distil     the policy's own supervised loss on the chosen action: no gradient passes from critic to policy
 
 in three phases: behaviour cloning, or with --warmup-episodes trials of a released policy as it is; offline RL (the
@@ -26,6 +26,9 @@ critic). The algorithm asks two things of a policy: `sample`, `loss`.
     n       cql_n_actions        uniform actions in the CQL term, and the weight of each policy action there
     gamma   discount             per environment step
     R       targets_per_image    actions distilled per image
+
+NOTE(differs) marks where this is not the paper. "(released: X)": the authors' code does X. "(as in the released code)":
+there it is as here. docs/algorithm.md lists them all.
 
 Shapes: B batch of states, O width of the critic's encoding of an image, A action dimensions, N any number of actions
 per state, P positions of the prefix (image and prompt, padded), L any number of positions, W width of a layer, D of an
@@ -95,7 +98,7 @@ class Args(common.RunArgs):
     # phases
     warmup_episodes: int = 0  # trials of the policy as it is, in place of a dataset and cloning
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
-    offline_steps: int = 10_000  # critic updates of offline RL; 0: pure online
+    offline_steps: int = 10_000  # critic updates of offline RL; 0: none
     online_steps: int | None = None  # environment steps of fine-tuning (the last episode is finished); 0: offline only
     online_episodes: int | None = 100  # episodes, or online_steps if sooner; either given alone drops the other
     batch_size: int = 16  # transitions per update (B)
@@ -119,17 +122,17 @@ class Args(common.RunArgs):
     num_bins: int = 0  # bins of the value distribution (HL-Gauss); 0: scalar values, squared error
     q_min: float | None = None  # lowest value; None: min(r, 0) / (1 - discount) over the data
     q_max: float | None = None  # highest value; None: max(r, 0) / (1 - discount) over the data, 0 for sparse rewards
-    cql_weight: float = 0.01  # weight of the CQL term
+    cql_weight: float = 0.01  # weight of the CQL term, which values actions that are not the data's lower
     cql_n_actions: int = 4  # uniform actions in it, and how often each policy action counts (n)
     # action optimisation
     num_samples: int = 8  # actions drawn from the policy per state (K)
     num_keep: int = 4  # of which the critic keeps the best (M)
     num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
     action_lr: float = 3e-4  # their step size (alpha)
-    act_draw: bool = False  # act with a draw from softmax(Q) too, as the policy learns from, not with the best
+    act_draw: bool = False  # act with a draw from softmax(Q), like the one to learn from, instead of the best
     refresh_states: int = 1000  # whose samples are drawn again after an episode's distillation, oldest first
     # online fine-tuning
-    policy_utd: int = 1  # distillation steps per environment step
+    policy_utd: int = 1  # distillation steps per environment step ("updates to data")
     critic_utd: int = 1  # critic updates per environment step
     offline_ratio: float = 0.5  # dataset's share of a critic batch (of a distillation batch: by size); 0: of neither
     offline_distill_steps: int = 0  # distillation at the end of offline RL, for a policy that acts without a critic
@@ -371,7 +374,7 @@ class OpenVLAPolicy(nn.Module):
     None where they are in [-1, 1] already. tokenizer: of the `tokenizers` package; None: a token is a byte.
     """
 
-    # of a checkpoint: its weights mean nothing with others
+    # must be a checkpoint's own: its weights mean nothing with others
     fixed_flags = ("checkpoint", "unnorm_key", "dtype", "lora_rank", "lora_alpha")
 
     def __init__(self, act_dim, args, sizes=TINY, statistics=None, tokenizer=None):
@@ -819,6 +822,8 @@ def value_range(rewards, args):
     Raises InputError."""
     if args.sparse_reward and not len(rewards) and args.q_min is None and args.reward_bias >= 0:
         raise InputError("--q-min: expected one; there is no dataset to take what a step costs from")
+    if args.sparse_reward and rewards.max(initial=0) > 0:
+        raise InputError(f"--sparse-reward: the data pay {rewards.max():g}, scaled; expected success to pay most, 0")
     if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
         rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
@@ -828,7 +833,8 @@ def value_range(rewards, args):
     if args.sparse_reward and low == 0:
         raise InputError("--sparse-reward: no reward * scale + bias is below 0; for rewards 0 and 1, --reward-bias -1")
     if not low < high:
-        raise InputError(f"--q-min {low}: expected less than --q-max {high}")
+        hint = "; every reward * scale + bias is 0, expected success to pay" if low == high == 0 else ""
+        raise InputError(f"--q-min {low}: expected less than --q-max {high}{hint}")
     return low, high
 
 
@@ -863,7 +869,7 @@ class Critic(nn.Module):
     NOTE(differs): all members of the ensemble share one output head (as in the released code).
     """
 
-    # of a checkpoint: its weights mean nothing with others
+    # must be a checkpoint's own: its weights mean nothing with others
     fixed_flags = ("num_bins", "q_min", "q_max", "critic_image_size", "instruction")
 
     def __init__(self, obs_dim, act_dim, args):
@@ -965,10 +971,9 @@ def ascend(critic, obs, actions, args):
 def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     """The optimised actions of the paper: obs (B, O), candidates (B, K, A) -> actions (B, M, A) and their q (B, M).
 
-    NOTE(differs): the online critic ranks, moves and picks, the target only evaluates (as in the released code).
     NOTE(differs): the flags reach every use of optimised actions (released: acting and TD targets ignore them).
     """
-    # at once: 2 MB of a hidden layer for the M
+    # at once, whose hidden layer for the M is 2 MB and stays in the cache
     states = 2**19 // (args.num_keep * args.ensemble_size * max(args.hidden_dims))
     own = () if dataset_actions is None else (dataset_actions,)
     results = [
@@ -1102,7 +1107,7 @@ def critic_loss(critic, target_critic, batch, args, random_actions=None, td_memb
     if cql_members is None:
         cql_members = torch.randint(args.ensemble_size, (args.critic_subset,), device=obs.device)
 
-    # TD: the target critic values the action that the online critic chose; all members learn it
+    # TD: the target critic values the action that the critic chose; all members learn it
     with torch.no_grad():
         next_q, _ = target_critic(batch["next_obs"], batch["next_policy_actions"][:, None], td_members)  # (2, B, 1)
         discount = args.discount**args.action_chunk
@@ -1163,6 +1168,7 @@ def random_shift(images, args):
 def update_critic(critic, target_critic, optimizer, batch, samples, args):
     """One critic update on a batch and the policy's samples (2B, K, A) at its obs and next_obs, images -> info.
 
+    NOTE(differs): this critic ranks, moves and picks, the target critic only evaluates (as in the released code).
     NOTE(differs): no warm-up of the learning rate, and the target moves after the step (as in the released code).
     """
     for group in optimizer.param_groups:
@@ -1252,7 +1258,7 @@ def learn(args, at_end, device, generator):
     if args.warmup_episodes:
         args = dataclasses.replace(args, bc_steps=0, offline_ratio=0.0)
     dataset = common.ReplayBuffer((image_size, image_size, 3), act_dim, np.uint8)
-    if (args.bc_steps or args.offline_ratio) and not args.eval_only:
+    if (args.bc_steps or args.offline_ratio or args.dataset_path) and not args.eval_only:
         rewards_as = (args.reward_scale, args.reward_bias, args.discount, args.sparse_reward)
         dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env, args.obs_keys)
     elif not args.warmup_episodes:
@@ -1321,7 +1327,7 @@ def learn(args, at_end, device, generator):
         with log.timed("time/critic_ms"):
             log.add(agent.improve_critic(step, num_offline))
         end_update(agent.describe)
-    if counters.done["distill"] == 0 < args.offline_distill_steps:
+    if args.offline_distill_steps and not counters.done["distill"]:
         agent.policy_optimizer.state.clear()
     for step in counters.steps("distill", args.offline_distill_steps):
         with log.timed("time/distill_ms"):

@@ -139,6 +139,9 @@ class Success(gym.Wrapper):
         if np.size(reward) != 1:
             raise InputError(f"--env-id {self.spec.id}: its reward is {one_line(reward)}; expected one number")
         reward = float(np.asarray(reward).item())  # of shape (1,) as well
+        if (terminated or truncated) and not {"success", "is_success"} & info.keys():
+            reports = "its info has neither success nor is_success; an end that pays counts as success"
+            common.warn_once(f"--env-id {self.spec.id}: {reports}")
         success = bool(info.get("success", info.get("is_success", terminated and reward > 0)))
         return obs, reward, bool(terminated or (success and self.ends)), truncated, {**info, "success": success}
 
@@ -194,6 +197,7 @@ def load_dataset(
     module, made = family_module(env_id), path.parent == files.cache_folder()
     try:
         data = read_dataset(env_id, path, obs_keys)
+        check_order(env, obs_keys)
         files.check_dataset(data, path, shape, low, high)
     except InputError as error:
         hint = "delete it, and it is made again" if made else getattr(module, "HOW_TO_REPLACE", "")
@@ -213,6 +217,8 @@ def load_dataset(
     if not episodes:
         raise InputError(f"dataset {path}: no transition has a next observation; expected at least 1")
     files.describe(data, episodes, raw_rewards, discount, sparse, path)
+    if not module and env.has_wrapper_attr("_max_episode_steps"):
+        files.warn_of_length(episodes, env.get_wrapper_attr("_max_episode_steps"), path)
     if buffer.note:
         print(f"note: {buffer.note}", file=sys.stderr)
     return buffer
@@ -231,6 +237,15 @@ def read_dataset(env_id, path, obs_keys):
     return data
 
 
+def check_order(env, obs_keys):
+    """Raises InputError where the environment puts the parts of its observations in another order than --obs-keys."""
+    space = env.unwrapped.observation_space
+    if isinstance(space, gym.spaces.Dict) and sorted(space) == sorted(obs_keys) and list(space) != list(obs_keys):
+        raise InputError(
+            f"--obs-keys {' '.join(obs_keys)}: observations are in another order; expected {' '.join(space)}"
+        )
+
+
 def dataset_file(env_id, dataset_path=None, image_size=0):
     """`dataset_path` where given, else the family's: found, downloaded, or made on first use in $PARL_CACHE.
 
@@ -247,7 +262,7 @@ def dataset_file(env_id, dataset_path=None, image_size=0):
     if module:
         return module.dataset_file(env_id, image_size=image_size) if image_size else module.dataset_file(env_id)
     raise InputError(
-        f"--env-id {env_id} has no embedded dataset: expected --dataset-path FILE (.hdf5 or .npz with "
+        f"--env-id {env_id} has no dataset of its own: expected --dataset-path FILE (.hdf5 or .npz with "
         f"{', '.join(files.DATASET_KEYS[:5])}), or for none --offline-ratio 0 --bc-steps 0 (OpenVLA: --warmup-episodes)"
     )
 

@@ -118,13 +118,19 @@ def read_dataset(path, optional=("next_observations",)):
     if not path.is_file():
         raise InputError(f"{where}: {'is a directory' if path.is_dir() else 'no such file'}; expected .hdf5 or .npz")
     try:
-        data = read_npz(path) if path.suffix == ".npz" else read_hdf5(path)
+        data, found = read_npz(path) if path.suffix == ".npz" else read_hdf5(path), names(path)
     except UNREADABLE as error:
         kind = "npz" if path.suffix == ".npz" else "HDF5"
         raise InputError(f"{where}: cannot be read as {kind} ({one_line(error)})") from error
     if missing := [key for key in DATASET_KEYS if key not in data and key not in optional]:
-        raise InputError(f"{where}: missing {', '.join(missing)}; found {', '.join(data) or 'none of the keys'}")
+        raise InputError(f"{where}: missing {', '.join(missing)}; found {', '.join(map(str, found)) or 'nothing'}")
     return data
+
+
+def names(path):
+    """Of everything at the top of an npz or HDF5 file."""
+    with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
+        return list(file)
 
 
 def read_npz(path):
@@ -299,6 +305,14 @@ def describe(data, episodes, raw_rewards, discount, sparse, path):
             f"{discount**length:.2g} of what it is at the end; expected about {enough:g}",
             file=sys.stderr,
         )
+
+
+def warn_of_length(episodes, limit, path):
+    """Says on stderr where an episode is longer than the environment's: two of them may be joined, a reset between."""
+    longest = max(stop - start for start, stop in episodes)
+    if longest > limit:
+        what = f"an episode has {longest} steps, the environment's time limit is {limit}"
+        print(f"warning: dataset {path}: {what}; expected timeouts where an episode was cut short", file=sys.stderr)
 
 
 def warn_of_breaks(data, sparse, path):

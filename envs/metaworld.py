@@ -72,9 +72,9 @@ INSTRUCTIONS = {  # task: what a language-conditioned policy is told
 IDS = tuple(f"metaworld-{task}" for task in INSTRUCTIONS)
 
 TIME_LIMIT = 200  # steps; Meta-World's is 500, but its experts, when they succeed, do so within about 160
-NUM_TRANSITIONS = 40_000  # of the embedded dataset
+NUM_TRANSITIONS = 40_000  # of the dataset
 IMAGE_REPEAT = 4  # with images an action lasts so many steps: an image and a large policy are slow
-NUM_IMAGE_TRANSITIONS = 1200  # of the embedded dataset with images
+NUM_IMAGE_TRANSITIONS = 1200  # of the dataset with images
 CAMERA = "corner4"  # above the table's corner, facing the robot
 VIDEO_SIZE = 256  # pixels
 

@@ -11,7 +11,7 @@ import numpy as np
 from common import bar
 from envs import files, opengl, unknown_id
 
-# name: (gymnasium-robotics map, start cell, goal cell, steps to the time limit, transitions of the embedded dataset)
+# name: (gymnasium-robotics map, start cell, goal cell, steps to the time limit, transitions of the dataset)
 POINTMAZES = {
     "pointmaze-umaze-play": ("U_MAZE", (3, 1), (1, 1), 50, 20_000),
     "pointmaze-medium-play": ("MEDIUM_MAZE", (1, 1), (6, 6), 120, 60_000),

@@ -96,6 +96,17 @@ def test_what_counts_as_success(reward, terminated, info, success, monkeypatch):
     assert env.step(np.zeros(1, np.float32))[4]["success"] is success
 
 
+def test_an_environment_that_never_reports_success_is_told_of_once(monkeypatch, capsys):
+    common.warn_once.cache_clear()
+    for info, times in (({}, 1), ({"task_success": True}, 1), ({"is_success": False}, 0), ({"success": False}, 0)):
+        env = make_told(monkeypatch, None, (0.0, True, info))
+        for _ in range(2):
+            env.reset(seed=0)
+            env.step(np.zeros(1, np.float32))
+        assert capsys.readouterr().err.count("warning: --env-id Told-v0: its info has neither success") == times
+        common.warn_once.cache_clear()
+
+
 def test_a_reward_is_one_number(monkeypatch):
     for reward in (np.array([0.5]), np.float32(0.5), 0.5):
         env = make_told(monkeypatch, None, (reward, False, {}))

@@ -116,7 +116,7 @@ def test_bad_dataset_files(tmp_path):
         (tmp_path / "header.npz", "cannot be read as npz"),
         (pickled, "cannot be read as npz"),  # nothing is unpickled
         (empty, "cannot be read as HDF5"),
-        (tmp_path / "group.hdf5", "missing observations, actions"),
+        (tmp_path / "group.hdf5", "missing observations, actions.*; found actions$"),
         (tmp_path / "lost.npz", "no transition has a next observation"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -272,6 +272,27 @@ def test_two_rewards_may_be_success_and_its_absence(high, flags, tmp_path, capsy
     assert f"--reward-bias {0 - 2 * high:g}\n" in capsys.readouterr().out
     envs.load_dataset("pointmaze-umaze-play", path, 1.0, -high, sparse=True)
     assert "two rewards" not in capsys.readouterr().out
+
+
+def test_what_a_file_has_instead_is_named(tmp_path):
+    np.savez(tmp_path / "data.npz", obs=np.zeros((3, 2)), action=np.zeros((3, 1)), rewards=np.zeros(3))
+    with pytest.raises(InputError, match="missing observations, actions, terminals, timeouts; found obs, action, rew"):
+        files.read_dataset(tmp_path / "data.npz")
+
+
+@pytest.mark.parametrize(("at", "warns"), [(31, True), (30, False)])
+def test_episodes_that_were_joined_are_a_warning(at, warns, tmp_path, capsys):
+    """Longer than the time limit: a failure's end and the reset after it count as a step."""
+    gym.register("Counted-v0", entry_point=Countdown, max_episode_steps=30)
+    rows = dict(observations=np.zeros((60, 3)), actions=np.full((60, 2), 0.5), rewards=np.zeros(60))
+    timeouts = np.isin(np.arange(60), [at])
+    np.savez(tmp_path / "data.npz", **rows, terminals=np.arange(60) == 59, timeouts=timeouts)
+    try:
+        envs.load_dataset("Counted-v0", tmp_path / "data.npz")
+    finally:
+        del gym.registry["Counted-v0"]
+    text = capsys.readouterr().err  # the row of a timeout is dropped
+    assert ("the environment's time limit is 30; expected timeouts where an episode was cut short" in text) == warns
 
 
 def test_no_success_and_no_terminal_anywhere_are_warnings(tmp_path, capsys):

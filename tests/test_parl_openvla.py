@@ -481,7 +481,7 @@ BAD = {
     "--env-id Pendulum-v1": r'--env-id Pendulum-v1: observations .*; expected a Dict with "image", uint8',
     "--env-id pointmaze-umaze-play": r'--env-id pointmaze-umaze-play: observations .*; expected a Dict with "image"',
     "--env-id pixels:Mute-v0": r"--env-id pixels:Mute-v0: has no instruction.*; expected --instruction",
-    "--env-id pixels:Dot-v0": "--env-id pixels:Dot-v0 has no embedded dataset: expected --dataset-path FILE",
+    "--env-id pixels:Dot-v0": "--env-id pixels:Dot-v0 has no dataset of its own: expected --dataset-path FILE",
     "--env-id pixels:Dot-v0 --instruction "
     + 2100 * "x": r"--instruction '.*: the prompt has \d+ tokens; expected up to",
     "--warmup-episodes 2 --dataset-path x.npz": "--warmup-episodes: .*; expected no --dataset-path",

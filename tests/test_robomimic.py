@@ -75,6 +75,16 @@ def test_demonstrations_by_number_and_keys_in_the_order_given(demos, tmp_path):
     np.testing.assert_array_equal(other.states[:9], np.stack([expected + 0.5] + [expected] * 3, 1))
 
 
+def test_another_order_than_the_environments_is_refused(demos, tmp_path, monkeypatch):
+    """Of the same size, so that no shape tells."""
+    space = gym.spaces.Dict(grip=gym.spaces.Box(-9, 9, (1,)), pos=gym.spaces.Box(-9, 9, (3,)))
+    monkeypatch.setattr(Arm, "observation_space", space)
+    path = write(tmp_path / "a.hdf5", demos)
+    assert len(load(path, ("grip", "pos"))) == 7
+    with pytest.raises(InputError, match="--obs-keys pos grip: observations are in another order; expected grip pos"):
+        load(path, ("pos", "grip"))
+
+
 def test_without_next_observations_an_end_that_is_no_success_is_dropped(demos, tmp_path):
     buffer = load(write(tmp_path / "a.hdf5", demos, with_next=False))
     assert buffer.states[: buffer.num_states, 0].tolist() == [200, 201, 202, 1000, 1001, 1002, 1003, 1003]

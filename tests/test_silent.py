@@ -6,6 +6,7 @@ Those of files and environments are in test_files.py and test_envs.py.
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +26,7 @@ class Careless(gym.Env):
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    pays = -1.0
 
     def __init__(self, fault="", at=2):
         self.fault, self.at, self.buffer, self.commands = fault, at, np.zeros(2, np.float32), []
@@ -41,7 +43,7 @@ class Careless(gym.Env):
         now = self.buffer[0] == self.at
         if now and self.fault == "observation":
             self.buffer[1] = np.nan
-        reward = np.inf if now and self.fault == "reward" else -1.0
+        reward = np.inf if now and self.fault == "reward" else self.pays
         falls = bool(now and self.fault == "falls")
         return self.buffer, reward, falls, self.buffer[0] >= 5, {"success": False}
 
@@ -98,6 +100,92 @@ def test_an_action_that_is_not_finite_is_never_sent():
     with pytest.raises(FloatingPointError, match=r"step 0: action is not finite, \[nan\]"):
         common.run_episodes([env], constant(np.nan), [7])
     assert env.commands == []
+
+
+def test_an_action_out_of_bounds_is_never_sent():
+    env = Careless()
+    with pytest.raises(common.InputError, match=r"Careless.*step 0: action \[-1\.1\]; expected .* within \[-1, 1\]"):
+        common.run_episodes([env], constant(-1.1), [7])
+    assert env.commands == []
+
+
+def test_an_environment_that_does_not_tell_success():
+    class Mute(Careless):
+        def step(self, action):
+            return *super().step(action)[:4], {}
+
+    with pytest.raises(common.InputError, match='step 0: info has no "success"; expected it at every step'):
+        common.run_episodes([Mute()], constant(0.5), [7])
+
+
+def test_spaces_that_envs_make_would_have_changed():
+    """In a project without envs/: another range of actions, observations of other kinds."""
+    box, unit = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Box(-1, 1, (2,))
+    common.check_spaces(SimpleNamespace(observation_space=box, action_space=unit))
+    for obs, act, message in [
+        (gym.spaces.Dict(a=box), unit, "observations Dict.*FlattenObservation"),
+        (gym.spaces.Box(-1, 1, (2, 3)), unit, "observations Box.*FlattenObservation"),
+        (box, gym.spaces.Box(-0.05, 0.05, (2,)), "actions Box.*from -1 to 1.*RescaleAction"),
+        (box, gym.spaces.Discrete(3), "actions Discrete"),
+    ]:
+        with pytest.raises(common.InputError, match=message):
+            common.check_spaces(SimpleNamespace(observation_space=obs, action_space=act))
+
+
+def test_a_policy_that_breaks_its_contract_is_named_before_it_trains():
+    """A chunk without --action-chunk, the environment's units, a loss with details beside it."""
+
+    class Mine(parl.GaussianPolicy):
+        def __init__(self, scale=1.0, extra=0, loss=None):
+            super().__init__(3, 2, args)
+            self.scale, self.extra, self.value = scale, extra, loss
+
+        def sample(self, obs, num_samples, seeds=None):
+            return self.scale * torch.rand(len(obs), num_samples, 2 + self.extra).clamp(0.5)
+
+        def loss(self, obs, actions):
+            return super().loss(obs, actions) if self.value is None else self.value
+
+    args, obs = parl.Args(width=8, num_samples=4), torch.zeros(2, 3)
+    policy, state = Mine(), torch.get_rng_state()
+    common.check_policy(policy, obs, 2, args)
+    assert torch.equal(state, torch.get_rng_state())  # the run's noise is not touched
+    for policy, message in [
+        (Mine(extra=6), r"Mine.sample: returned shape \(2, 4, 8\); expected \(2, 4, 2\).*--action-chunk 1"),
+        (Mine(scale=2.0), r"Mine.sample: returned \S+; expected actions within \[-1, 1\]"),
+        (Mine(loss=(torch.zeros(()), {})), "Mine.loss: returned tuple; expected one number, a tensor"),
+        (Mine(loss=torch.zeros(2)), r"Mine.loss: returned shape \(2,\); expected one number"),
+    ]:
+        with pytest.raises(common.InputError, match=message):
+            common.check_policy(policy, obs, 2, args)
+
+
+def test_a_range_of_values_that_cannot_be(tmp_path):
+    """Rewards that were not scaled, in a project without envs/; rewards that are all the same."""
+    with pytest.raises(common.InputError, match="--sparse-reward: the data pay 1, scaled; expected"):
+        parl.value_range(np.array([0.0, 1.0]), parl.Args(sparse_reward=True, reward_bias=-1.0))
+    with pytest.raises(common.InputError, match=r"every reward \* scale \+ bias is 0, expected success to pay"):
+        parl.value_range(np.zeros(3), parl.Args())
+
+
+def test_what_an_environment_pays_is_checked_in_the_first_evaluation(tmp_path):
+    """Not only in the first online episode, when offline RL is done: it pays -1 where the file pays 0."""
+    gym.register("Costly-v0", Careless, max_episode_steps=5)
+    last = np.arange(9) == 8
+    rows = dict(
+        observations=np.zeros((9, 2)), actions=np.zeros((9, 1)), rewards=last, terminals=last, timeouts=0 * last
+    )
+    np.savez(tmp_path / "data.npz", **rows, rewards=last, terminals=last)
+    flags = ["--env-id", "Costly-v0", "--dataset-path", tmp_path / "data.npz", "--sparse-reward", "--reward-bias", -1]
+    flags += ["--reward-scale", 1, "--run-dir", tmp_path / "run"]
+    Careless.pays, expected = 1.0, "an episode paid 0 at most, and 0 at its end, with success False"
+    try:
+        with pytest.raises(SystemExit, match=f"error: --sparse-reward: .*{expected}"):
+            run_here("parl_gaussian", *SMALL, *flags)
+    finally:
+        Careless.pays = -1.0
+        del gym.registry["Costly-v0"]
+    assert {row["phase"] for row in common.read_metrics(tmp_path / "run" / "metrics.csv")} <= {"bc"}
 
 
 def test_a_reset_that_is_not_finite_asks_no_policy():

@@ -334,3 +334,12 @@ def test_distill_argmax_and_no_cache_and_no_dataset_online(tmp_path):
         states = torch.cat([call.batch["obs"], call.batch["next_obs"]])
         torch.testing.assert_close(call.samples, recognisable(states, SAMPLES))
     assert {call.num_offline for call in named(run, "batch")[BC + OFFLINE + DISTILL :]} == {0}
+
+
+def test_a_dataset_for_offline_rl_alone(tmp_path):
+    """Neither cloned from nor in online batches, but learned from in between, not dropped in silence."""
+    run = spied_run("parl_gaussian", tmp_path, "--bc-steps", 0, "--offline-ratio", 0, "--offline-distill-steps", 0)
+    batches = named(run, "batch")
+    assert [call.num_offline for call in batches[:OFFLINE]] == [BATCH] * OFFLINE
+    assert len(batches) > OFFLINE and {call.num_offline for call in batches[OFFLINE:]} == {0}
+    assert [row["phase"] for row in run.rows if row["phase"] != "online"][-1] == "offline"

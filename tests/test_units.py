@@ -676,7 +676,7 @@ def test_buffer_pairs_states_with_their_successors():
     buffer = common.ReplayBuffer(1, 1)
     for start in (0, 100):
         observations = np.arange(start, start + 4, dtype=np.float32)[:, None]
-        buffer.add_episode(observations, np.full((3, 1), 2.0), np.arange(3), [1, 1, 0], np.zeros(3))
+        buffer.add_episode(observations, np.full((3, 1), 1.0), np.arange(3), [1, 1, 0], np.zeros(3))
     assert len(buffer) == 6 and buffer.num_states == 8
     batch = buffer.sample(1000, np.random.default_rng(0))
     assert torch.equal(batch["next_obs"], batch["obs"] + 1)
@@ -690,6 +690,11 @@ def test_buffer_pairs_states_with_their_successors():
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     with pytest.raises(ValueError, match="L \\+ 1"):
         buffer.add_episode(np.zeros((3, 1)), np.zeros((3, 1)), np.zeros(3), np.zeros(3), np.zeros(3))
+    with pytest.raises(ValueError, match=r"actions up to 2; expected \[-1, 1\]"):  # in an environment's units
+        buffer.add_episode(np.zeros((2, 1)), np.full((1, 1), -2.0), [0], [1], [0])
+    with pytest.raises(ValueError, match="not finite"):
+        buffer.add_episode(np.array([[0.0], [np.nan]]), np.zeros((1, 1)), [0], [1], [0])
+    assert len(buffer) == 6
 
 
 def test_buffer_grows():
@@ -708,7 +713,7 @@ def test_evaluation_is_the_same_with_1_and_8_environments():
         return np.stack([np.random.default_rng(key).uniform(-1, 1, 2) for key in keys])
 
     seeds, ended = np.arange(100, 121), []
-    one = common.run_episodes([envs.make("countdown:Countdown-v0")], act, seeds, on_end=lambda: ended.append(1))
+    one = common.run_episodes([envs.make("countdown:Countdown-v0")], act, seeds, on_end=lambda episode: ended.append(1))
     eight = common.run_episodes([envs.make("countdown:Countdown-v0") for _ in range(8)], act, seeds)
     assert len(ended) == len(seeds)  # of which a progress bar tells
     for first, second in zip(one, eight, strict=True):
