@@ -555,11 +555,12 @@ def train(args: Args) -> Path:
     stop = common.StopSignal(log)
     common.begin(run, args)
 
-    def end_update(describe=dict):
+    def end_update(describe=None):
         """What ends each update of phases 1 and 2, and each online episode: log, evaluate, save, stop if asked."""
-        evaluates, row = counters.owes_evaluation or counters.due(args.eval_every), {}
+        evaluates = counters.owes_evaluation or counters.due(args.eval_every)
         if evaluates or counters.due(args.log_every) or counters.phase == "online":
-            log.add(describe())
+            log.add(describe() if describe else {})
+            row = {}
             if evaluates:
                 counters.owes_evaluation = True
                 checkpoint.save()  # it can take long, and a run that is stopped in it goes on from here
@@ -607,7 +608,7 @@ def train(args: Args) -> Path:
         agent.policy_optimizer.state.clear()
         agent.critic_optimizer.state.clear()
     num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
-    explore = stop.before(log.timed("time/act_ms")(agent.explore))
+    explore = stop.before(log.timed("time/act_ms")(agent.explore))  # timed; once a stop is asked for, not called
     for seed in counters.episodes():
         if not counters.collected:  # else the run was stopped in this episode's updates
             (episode,) = common.run_episodes([env], explore, [seed])

@@ -1286,12 +1286,13 @@ def learn(args, at_end, device, generator):
         if policy.frozen():
             save_adapters(agent.policy_ema, run.directory / "adapters.safetensors")
 
-    def end_update(describe=dict):
+    def end_update(describe=None):
         """What ends each update of phases 1 and 2, and each episode: log, evaluate, save, stop if asked."""
         is_due = counters.due(args.eval_every) and counters.phase != "warmup"
-        evaluates, row = counters.owes_evaluation or is_due, {}
+        evaluates = counters.owes_evaluation or is_due
         if evaluates or counters.due(args.log_every) or counters.phase in ("warmup", "online"):
-            log.add(describe())
+            log.add(describe() if describe else {})
+            row = {}
             if evaluates:
                 counters.owes_evaluation = True
                 save()  # it can take long, and a run that is stopped in it goes on from here
