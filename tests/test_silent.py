@@ -172,9 +172,7 @@ def test_what_an_environment_pays_is_checked_in_the_first_evaluation(tmp_path):
     """Not only in the first online episode, when offline RL is done: it pays -1 where the file pays 0."""
     gym.register("Costly-v0", Careless, max_episode_steps=5)
     last = np.arange(9) == 8
-    rows = dict(
-        observations=np.zeros((9, 2)), actions=np.zeros((9, 1)), rewards=last, terminals=last, timeouts=0 * last
-    )
+    rows = dict(observations=np.zeros((9, 2)), actions=np.zeros((9, 1)), timeouts=np.zeros(9))
     np.savez(tmp_path / "data.npz", **rows, rewards=last, terminals=last)
     flags = ["--env-id", "Costly-v0", "--dataset-path", tmp_path / "data.npz", "--sparse-reward", "--reward-bias", -1]
     flags += ["--reward-scale", 1, "--run-dir", tmp_path / "run"]
