@@ -605,6 +605,36 @@ def plot_steady(runs, path):
     figure.savefig(path, dpi=120)
 
 
+def plot_learning(runs, path):
+    """Success over the environment steps of fine-tuning, a panel per task of `STEADY`, a colour per seed: of the last
+    ten online episodes; dots: of the optimised policy, evaluated before and after; circles: of the clone."""
+    names = [name for name in STEADY if name in runs and not name.startswith("calibration")]
+    num_rows = math.ceil(len(names) / 3)
+    figure = matplotlib.figure.Figure(figsize=(10, 0.6 + 2.4 * num_rows), layout="constrained")
+    axes = figure.subplots(num_rows, 3, sharey=True, squeeze=False).ravel()
+    for axis, name in zip(axes, names, strict=False):
+        for seed, run in runs[name].items():
+            online = [row for row in run.rows if row["phase"] == "online"]
+            success = np.array([row["train/success"] for row in online])
+            recent = [success[max(0, i - 9) : i + 1].mean() for i in range(len(success))]
+            axis.plot([row["env_step"] for row in online], recent, color=f"C{seed}", linewidth=1, label=f"seed {seed}")
+            evaluated = [(row["env_step"], row["eval/success_rate"]) for row in run.rows if "eval/success_rate" in row]
+            before = [point for point in evaluated if point[0] == 0][-1:]
+            points = before + [point for point in evaluated if point[0] > 0]
+            axis.plot(*zip(*points, strict=True), "o", color=f"C{seed}", markersize=5, alpha=0.7)
+            axis.plot(0, run.finals()["bc"]["eval/policy_success_rate"], "o", color=f"C{seed}", fillstyle="none")
+        axis.set_title(textwrap.fill(STEADY[name].replace("`", ""), 36, break_on_hyphens=False), fontsize="medium")
+        axis.set(ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    for axis in axes[len(names) :]:
+        axis.remove()
+    figure.supxlabel("environment steps of fine-tuning", fontsize="medium")
+    figure.supylabel("success rate", fontsize="medium")
+    legend = max((axis.get_legend_handles_labels() for axis in axes[: len(names)]), key=lambda found: len(found[1]))
+    figure.legend(*legend, loc="outside upper center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def plot_classes(runs, path):
     """Steps to goal of the online episodes, and the raw policy's success before and after, over environment steps."""
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
@@ -685,6 +715,7 @@ def write_docs(folder):
         plot_manipulation(runs, folder / "manipulation.png")
     if set(STEADY) & set(runs):
         plot_steady(runs, folder / "steady.png")
+        plot_learning(runs, folder / "steady_online.png")
     names = ("calibration_before", "calibration_after")
     if set(names) <= set(runs):
         plot_start_value({name: runs[name] for name in names}, folder / "calibration.png")
