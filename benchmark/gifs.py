@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).parent
-HEIGHT, MOST_FRAMES, COLOURS = 160, 60, 64
+HEIGHT, MOST_FRAMES, COLOURS = 200, 60, 128
 
 
 def last(folders):
@@ -30,7 +30,7 @@ def side_by_side(before, after):
     for time in range(0, length, -(-length // MOST_FRAMES)):
         pair = [frames[min(time, len(frames) - 1)] for frames in (before, after)]
         picture = Image.fromarray(np.concatenate(pair, 1))
-        yield picture.resize((picture.width * HEIGHT // picture.height, HEIGHT)).quantize(COLOURS)
+        yield picture.resize((picture.width * HEIGHT // picture.height, HEIGHT)).quantize(COLOURS, Image.Quantize.FASTOCTREE)
 
 
 def main(name, run, episode=0):
