@@ -917,8 +917,6 @@ def load_checkpoint(path, flag, args, identity, fixed=(), **objects):
             flag_there = f"--{name.replace('_', '-')} is {there!r} there and {here!r} here"
             raise InputError(f"{flag} {path}: {flag_there}; expected the same")
     for name, item in objects.items():
-        if name not in checkpoint:
-            raise InputError(f"{flag} {path}: has no {name}; expected the flags in its run's config.json")
         try:
             item.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -1110,7 +1108,6 @@ AT_MOST = {
     "critic_ema_rate": 1,
     "policy_ema_rate": 1,
     "offline_ratio": 1,
-    "clone_share": 1,
     "discount": 1 - 1e-6,
 }
 ANY_SIGN = {"reward_scale", "reward_bias", "q_min", "q_max"}

@@ -93,7 +93,6 @@ class Args(common.RunArgs):
     cql_n_actions: int = 10  # uniform actions in it, and how often each policy action counts (n)
     # action optimisation
     num_samples: int = 32  # actions drawn from the policy per state (K)
-    clone_share: float = 0.0  # share of them that is the clone's: a policy narrows as it is distilled
     num_keep: int = 10  # of which the critic keeps the best (M)
     num_gradient_steps: int = 10  # local optimisation steps (T); 0: re-ranking only
     action_lr: float = 3e-4  # their step size (alpha)
@@ -458,23 +457,6 @@ def choose_acting(actions, q, args, seeds=None):
     return choose(actions, q)
 
 
-class Proposer:
-    """What is sampled from, in place of the policy: a share of --clone-share of the K actions is the clone's.
-
-    NOTE(differs): with --clone-share the policy as it was before any RL proposes actions, too (released: it does not).
-    """
-
-    def __init__(self, policy, clone, args):
-        self.policy, self.clone, self.share = policy, clone, args.clone_share
-
-    def sample(self, obs, num_samples, seeds=None):  # (B, O) -> (B, K, A), as the policy's
-        number = round(self.share * num_samples)
-        others = seeds and [(*seed, 2) for seed in seeds]
-        parts = [self.clone.sample(obs, number, others)] if number else []
-        parts += [self.policy.sample(obs, num_samples - number, seeds)] if number < num_samples else []
-        return torch.cat(parts, 1)
-
-
 def act(policy, critic, obs, args, seeds=None):
     """The action PA-RL takes, an optimised one: obs (B, O) -> (B, A). Without a critic: policy.sample(obs, 1)."""
     return choose_acting(*optimize_actions(critic, obs, policy.sample(obs, args.num_samples, seeds), args), args, seeds)
@@ -697,8 +679,6 @@ def train(args: Args) -> Path:
         end_update()
 
     # Phase 2: offline RL. The policy is frozen; it may learn from the critic at the end
-    if counters.phase == "bc":
-        agent.policy_clone.load_state_dict(agent.policy_ema.state_dict())
     cache = agent.cache_samples(stop) if counters.done["offline"] < args.offline_steps else None
     stop_if_asked()
     for step in counters.steps("offline", args.offline_steps, counters.then_online):
@@ -786,8 +766,6 @@ class Agent:
         self.policy = DiffusionPolicy(obs_dim, act_dim, args).to(device)
         self.policy_ema = copy.deepcopy(self.policy).eval()
         common.check_policy(self.policy_ema, self.normalized(dataset.states[:2]), act_dim, args)
-        self.policy_clone = copy.deepcopy(self.policy_ema) if args.clone_share else self.policy_ema
-        self.proposer = Proposer(self.policy_ema, self.policy_clone, args)
         self.critic = Critic(obs_dim, act_dim, args).to(device)
         self.target_critic, self.critic_ema = copy.deepcopy(self.critic), copy.deepcopy(self.critic)
         self.policy_optimizer = torch.optim.Adam(self.policy.parameters(), lr=args.bc_lr, fused=True)
@@ -797,8 +775,7 @@ class Agent:
 
     def kept(self):
         """What a checkpoint holds, by name."""
-        names = ["policy", "policy_ema", "critic", "target_critic", "critic_ema", "online", "normalizer"]
-        names += ["policy_clone"] if self.args.clone_share else []
+        names = ("policy", "policy_ema", "critic", "target_critic", "critic_ema", "online", "normalizer")
         return {name: getattr(self, name) for name in (*names, "policy_optimizer", "critic_optimizer")}
 
     def draw_batch(self, num_offline):
@@ -816,7 +793,7 @@ class Agent:
     def distill(self, num_offline, lr):
         """One step of the policy towards optimised actions, the batch's own among the candidates."""
         batch = self.draw_batch(num_offline)
-        samples = self.proposer.sample(batch["obs"], self.args.num_samples)
+        samples = self.policy_ema.sample(batch["obs"], self.args.num_samples)
         actions, q = optimize_actions(self.critic_ema, batch["obs"], samples, self.args, batch["actions"])
         chosen = choose(actions, q, sample=not self.args.distill_argmax)
         return {"policy/distill_loss": self.improve_policy(batch["obs"], chosen, lr)}
@@ -830,7 +807,7 @@ class Agent:
         NOTE(differs): with --critic-ema-rate below 1 an average of critics acts and distils (released: the latest).
         """
         batch = self.draw_batch(num_offline)
-        samples = cache.samples(batch) if cache else draw_samples(self.proposer, batch, self.args.num_samples)
+        samples = cache.samples(batch) if cache else draw_samples(self.policy_ema, batch, self.args.num_samples)
         self.latest = batch["obs"], samples[: self.args.batch_size]
         args, networks = self.args, (self.critic, self.target_critic)
         info = self.update_critic(*networks, self.critic_optimizer, batch, samples, args)
@@ -853,7 +830,7 @@ class Agent:
         return self.policy_ema.sample(self.normalized(obs), 1, keys)[:, 0].cpu().numpy()
 
     def act(self, obs, keys):
-        return act(self.proposer, self.critic_ema, self.normalized(obs), self.args, keys).cpu().numpy()
+        return act(self.policy_ema, self.critic_ema, self.normalized(obs), self.args, keys).cpu().numpy()
 
     def explore(self, obs, _keys):  # noise from the run's own generator; one state is not shared out among threads
         with common.threads(1):

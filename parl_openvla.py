@@ -39,7 +39,7 @@ image, a projector turns their patches into words, and Llama 2 reads them with t
 action dimension. The whole model is here in plain PyTorch, under the names of the released checkpoint, so that its
 files load as they are; LoRA trains it. Against parl_transformer.py, where images, language and 7B parameters force it:
 
-    Args, PRESETS         the checkpoint, LoRA, the critic's encoder; no observation normaliser, no --clone-share
+    Args, PRESETS         the checkpoint, LoRA, the critic's encoder; no observation normaliser
     POLICY                OpenVLA, and the files of a checkpoint and of adapters
     CRITIC                an image encoder before the ensemble; the action enters every layer
     ACTION OPTIMISATION   `act` encodes the image, once per state; samples, slow to draw, are kept in a SampleStore

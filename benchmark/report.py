@@ -465,6 +465,15 @@ MANIPULATION = {
         ("_gaussian", "`parl_gaussian.py`"),
     )
 } | {"pick_place": "metaworld-pick-place: `parl_diffusion.py`"}
+CHUNKS = {
+    f"chunk{steps}_{task}": f"{env_id}: `--action-chunk {steps}`, cloning and offline RL alone"
+    for task, env_id in (
+        ("drawer", "metaworld-drawer-open"),
+        ("cube", "cube-single-noisy-singletask-task1-v0, data made here"),
+        ("antmaze", "antmaze-medium-diverse-v2, made data"),
+    )
+    for steps in (1, 3, 5, 10)
+}
 ANTMAZE = {"antmaze": "antmaze-medium-diverse-v2, made data, `parl_diffusion.py`"}
 OPENVLA = {
     "openvla": "`python parl_openvla.py`: a tiny OpenVLA closes a drawer (Meta-World) from camera images",
@@ -488,6 +497,7 @@ DOCS = {
     "steady.md": ("does a policy end better than it began? The presets as they are, `parl_diffusion.py`", STEADY),
     "pointmaze.md": ("PointMaze, slalom", POINTMAZE),
     "manipulation.md": ("Meta-World, OGBench's cube", MANIPULATION),
+    "chunks.md": ("how many steps a decision covers", CHUNKS),
     "antmaze.md": ("AntMaze from made data", ANTMAZE),
     "openvla.md": ("the tiny OpenVLA", OPENVLA),
 }

@@ -156,22 +156,6 @@ def check_kill(script, phase, finished, tmp_path):
     assert_same(load(directory), load(finished(script)))
 
 
-def test_the_clone_is_kept(finished, tmp_path):
-    """With --clone-share it proposes to the end of a run, in one that is resumed as well."""
-    flags = [*SMALL, "--clone-share", 0.5]
-    run_here("parl_diffusion", *flags, "--run-dir", tmp_path / "whole")
-    run_here("parl_diffusion", *flags, "--online-steps", 0, "--run-dir", tmp_path / "parts")
-    clone = load(tmp_path / "parts")["policy_ema"]  # which offline RL leaves alone
-    run_here("parl_diffusion", "--resume", tmp_path / "parts", "--online-steps", 60)
-    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
-    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
-    assert_same(parts["policy_clone"], whole["policy_clone"])
-    assert_same(whole["policy_clone"], clone)
-    assert not all(torch.equal(whole["policy_ema"][name], clone[name]) for name in clone)
-    with pytest.raises(SystemExit, match="has no policy_clone; expected the flags in its run"):
-        run_here("parl_diffusion", "--resume", finished("parl_diffusion"), "--clone-share", 0.5)
-
-
 def test_killed_before_anything_happened(finished, tmp_path):
     """The first checkpoint is written before the first update."""
     directory = tmp_path / "early"

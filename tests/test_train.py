@@ -336,16 +336,6 @@ def test_distill_argmax_and_no_cache_and_no_dataset_online(tmp_path):
     assert {call.num_offline for call in named(run, "batch")[BC + OFFLINE + DISTILL :]} == {0}
 
 
-def test_the_clone_proposes_wherever_there_is_a_critic(tmp_path):
-    """With --clone-share 1 the distilled policy proposes no action: in the TD target, in distillation, to act."""
-    run = spied_run("parl_gaussian", tmp_path, "--clone-share", 1)
-    policy_ema = named(run, "policy")[0].average
-    proposed = [call for call in named(run, "sample") if call.num_samples == SAMPLES and call.rows != 2]
-    assert {2 * BATCH, BATCH, 1} <= {call.rows for call in proposed}  # updates of critic and policy, decisions
-    frozen, *rest = [call for call in proposed if call.policy is policy_ema]
-    assert not rest and frozen.rows > 2 * BATCH  # the cache of offline RL, where the two are the same
-
-
 def test_a_dataset_for_offline_rl_alone(tmp_path):
     """Neither cloned from nor in online batches, but learned from in between, not dropped in silence."""
     run = spied_run("parl_gaussian", tmp_path, "--bc-steps", 0, "--offline-ratio", 0, "--offline-distill-steps", 0)

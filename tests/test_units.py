@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -671,27 +670,6 @@ def test_returns_by_hand():
     assert common.mc_returns([-1, -1], [1, 1], 0.98, sparse=True) == close([-50, -50])  # failed: costs for ever
     assert common.mc_returns([-1, -1], [1, 0], 0.98, sparse=True) == close([-50, -50])  # also if it ended in failure
     assert common.mc_returns([-1, 0], [1, 0], 0.98, sparse=True) == close([-1, 0])
-
-
-@pytest.mark.parametrize(("share", "of_clone"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
-def test_of_k_samples_a_share_is_the_clones(share, of_clone):
-    """With noise of its own; without a share the policy's samples are what they were."""
-
-    class Constant:
-        def __init__(self, value):
-            self.value, self.seeds = value, []
-
-        def sample(self, obs, num_samples, seeds=None):
-            self.seeds.append(seeds)
-            return torch.full((len(obs), num_samples, 2), self.value)
-
-    policy, clone = Constant(0.5), Constant(-0.5)
-    proposer = parl.Proposer(policy, clone, SimpleNamespace(clone_share=share))
-    actions = proposer.sample(torch.zeros(3, 4), 8, [(1, 2), (3, 4), (5, 6)])
-    assert actions.shape == (3, 8, 2) and (actions == -0.5).sum() == 3 * of_clone * 2
-    assert policy.seeds == [[(1, 2), (3, 4), (5, 6)]] * (share < 1)
-    assert clone.seeds == [[(1, 2, 2), (3, 4, 2), (5, 6, 2)]] * (share > 0)
-    assert proposer.sample(torch.zeros(3, 4), 8).shape == (3, 8, 2)
 
 
 def test_buffer_pairs_states_with_their_successors():
