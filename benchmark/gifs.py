@@ -30,7 +30,9 @@ def side_by_side(before, after):
     for time in range(0, length, -(-length // MOST_FRAMES)):
         pair = [frames[min(time, len(frames) - 1)] for frames in (before, after)]
         picture = Image.fromarray(np.concatenate(pair, 1))
-        yield picture.resize((picture.width * HEIGHT // picture.height, HEIGHT)).quantize(COLOURS, Image.Quantize.FASTOCTREE)
+        yield picture.resize((picture.width * HEIGHT // picture.height, HEIGHT)).quantize(
+            COLOURS, Image.Quantize.FASTOCTREE
+        )
 
 
 def main(name, run, episode=0):
