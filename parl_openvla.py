@@ -27,8 +27,8 @@ critic). The algorithm asks two things of a policy: `sample`, `loss`.
     gamma   discount             per environment step
     R       targets_per_image    actions distilled per image
 
-NOTE(differs) marks where this is not the paper. "(released: X)": the authors' code does X. "(as in the released code)":
-there it is as here. docs/algorithm.md lists them all.
+NOTE(differs) marks departures. "(released: X)": the authors' code does X. "(as in the released code)": it departs from
+the paper in the same way. docs/algorithm.md lists them all.
 
 Shapes: B batch of states, O width of the critic's encoding of an image, A action dimensions, N any number of actions
 per state, P positions of the prefix (image and prompt, padded), L any number of positions, W width of a layer, D of an

@@ -26,8 +26,8 @@ episode with optimised actions, distil, update the critic). The algorithm asks t
     gamma   discount             per environment step
     h       action_chunk         environment steps that one decision covers: to the algorithm, one longer action
 
-NOTE(differs) marks where this is not the paper. "(released: X)": the authors' code does X. "(as in the released code)":
-there it is as here. docs/algorithm.md lists them all.
+NOTE(differs) marks departures. "(released: X)": the authors' code does X. "(as in the released code)": it departs from
+the paper in the same way. docs/algorithm.md lists them all.
 
 Shapes: B batch of states, O observation dimension, A action dimension, N any number of actions per state, bins of the
 value distribution.
