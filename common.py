@@ -298,6 +298,7 @@ def sample_both(offline, online, num_offline, num_online, generator, chunk=1, di
 # ======================================== EVALUATION ========================================
 
 EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the integers after it
+MOST_ACTION = 1 + 1e-3  # of a policy: 1, but for rounding
 
 
 def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda episode: None):
@@ -308,8 +309,8 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda e
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
     success (at any step). Observations are float32, or images as they are.
     batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number. on_end(episode):
-    called with each as it ends. Raises FloatingPointError for an observation, reward or action that is not finite, and
-    InputError for an action beyond [-1, 1], before one is sent, and for a step without info["success"].
+    called with each Episode as it ends. Raises FloatingPointError for an observation, reward or action that is not
+    finite, and InputError for an action beyond [-1, 1], before one is sent, and for a step without info["success"].
     """
     episodes = [Episode(envs[k % len(envs)], int(seed)) for k, seed in enumerate(seeds)]
     waiting = [deque(episodes[i :: len(envs)]) for i in range(len(envs))]  # who runs what is settled beforehand
@@ -329,7 +330,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda e
         for i, episode in list(running.items()):
             if episode.step(render=bool(video_dir)):
                 del running[i]
-                on_end(episode.arrays())
+                on_end(episode)
     if video_dir:
         for episode in episodes:
             write_video(Path(video_dir) / f"episode-{episode.seed}.mp4", episode.frames)
@@ -355,7 +356,7 @@ class Episode:
         """Carry out the next action of the plan. Returns whether the episode is over."""
         action = self.plan.popleft()
         self.check("action", action)
-        if np.abs(action).max() > 1 + 1e-3:
+        if np.abs(action).max() > MOST_ACTION:
             raise InputError(f"{self.where()}: action {action}; expected from the policy's sample within [-1, 1]")
         obs, reward, terminated, truncated, info = self.env.step(np.array(action))
         self.check("reward", reward)
@@ -403,9 +404,12 @@ def check_spaces(env):
     """Raises InputError unless an environment has observations (O,), and actions (A,) from -1 to 1, as envs.make's."""
     observes, acts = env.observation_space, env.action_space
     if len(observes.shape or ()) != 1:
-        raise InputError(f"observations {observes}; expected a Box of one dimension (gymnasium's FlattenObservation)")
-    if len(acts.shape or ()) != 1 or not ((acts.low == -1) & (acts.high == 1)).all():
-        raise InputError(f"actions {acts}; expected a Box of one dimension from -1 to 1 (gymnasium's RescaleAction)")
+        expected = "expected a Box of one dimension (gymnasium's FlattenObservation)"
+        raise InputError(f"the environment's observations are {observes}; {expected}")
+    is_vector = hasattr(acts, "low") and len(acts.shape) == 1
+    if not is_vector or not ((acts.low == -1) & (acts.high == 1)).all():
+        expected = "expected a Box of one dimension from -1 to 1 (gymnasium's RescaleAction)"
+        raise InputError(f"the environment's actions are {acts}; {expected}")
 
 
 def check_policy(policy, obs, act_dim, args):
@@ -417,7 +421,7 @@ def check_policy(policy, obs, act_dim, args):
         if actions.shape != expected:
             what = f"{expected}: states, --num-samples, the dimensions of --action-chunk {args.action_chunk} actions"
             raise InputError(f"{name}.sample: returned shape {tuple(actions.shape)}; expected {what}")
-        if not actions.abs().max() <= 1 + 1e-3:
+        if not actions.abs().max() <= MOST_ACTION:
             raise InputError(f"{name}.sample: returned {actions.abs().max():g}; expected actions within [-1, 1]")
         loss = policy.loss(obs, actions[:, 0])
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -452,14 +456,14 @@ def evaluate_agent(envs, agent, run, args, guard=lambda act: act, check=lambda e
     """The eval columns of a row: of the raw policy and, once there is a critic, of the optimised one.
 
     agent: has act_raw and act, see `run_episodes`; guard(act): what is called in its place; check(episode, args): what
-    raises an error where an episode is not as it should be. With --capture-video three
-    episodes are left in the run's folder, of the optimised policy once there is one.
+    raises an error where the rewards and success of an episode do not fit. With --capture-video three episodes are left
+    in the run's folder, of the optimised policy once there is one.
     """
     has_critic, number = run.counters.phase != "bc", args.num_eval_episodes
 
     def on_end(episode):
         progress.update()
-        check(episode, args)
+        check(dict(rewards=episode.rewards, success=episode.success), args)
 
     with bar("evaluation", "episodes", number * (1 + has_critic), leave=False, delay=2) as progress:
         row = evaluate(envs, guard(agent.act_raw), number, "eval/policy_", on_end)

@@ -197,7 +197,7 @@ def load_dataset(
     module, made = family_module(env_id), path.parent == files.cache_folder()
     try:
         data = read_dataset(env_id, path, obs_keys)
-        check_order(env, obs_keys)
+        robomimic.check_order(env.unwrapped.observation_space, obs_keys)
         files.check_dataset(data, path, shape, low, high)
     except InputError as error:
         hint = "delete it, and it is made again" if made else getattr(module, "HOW_TO_REPLACE", "")
@@ -235,15 +235,6 @@ def read_dataset(env_id, path, obs_keys):
         expected = "expected it only with data/demo_N/obs/KEY in an HDF5 file, robomimic's layout"
         raise InputError(f"--obs-keys {' '.join(obs_keys)}: dataset {path} has observations in one array; {expected}")
     return data
-
-
-def check_order(env, obs_keys):
-    """Raises InputError where the environment puts the parts of its observations in another order than --obs-keys."""
-    space = env.unwrapped.observation_space
-    if isinstance(space, gym.spaces.Dict) and sorted(space) == sorted(obs_keys) and list(space) != list(obs_keys):
-        raise InputError(
-            f"--obs-keys {' '.join(obs_keys)}: observations are in another order; expected {' '.join(space)}"
-        )
 
 
 def dataset_file(env_id, dataset_path=None, image_size=0):

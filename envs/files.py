@@ -118,7 +118,8 @@ def read_dataset(path, optional=("next_observations",)):
     if not path.is_file():
         raise InputError(f"{where}: {'is a directory' if path.is_dir() else 'no such file'}; expected .hdf5 or .npz")
     try:
-        data, found = read_npz(path) if path.suffix == ".npz" else read_hdf5(path), names(path)
+        data = read_npz(path) if path.suffix == ".npz" else read_hdf5(path)
+        found = names(path)
     except UNREADABLE as error:
         kind = "npz" if path.suffix == ".npz" else "HDF5"
         raise InputError(f"{where}: cannot be read as {kind} ({one_line(error)})") from error

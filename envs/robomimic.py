@@ -7,6 +7,7 @@ that does not, at the end of a demonstration without success, is a time limit.
 
 import re
 
+import gymnasium as gym
 import h5py
 import numpy as np
 
@@ -57,6 +58,13 @@ def check_keys(demo, where, obs_keys):
         raise InputError(f"{where} is in robomimic's layout, and --obs-keys is not given; {hint}")
     if missing := [key for key in obs_keys if key not in there]:
         raise InputError(f"--obs-keys {' '.join(obs_keys)}: {where}: {demo.name} has no obs/{missing[0]}; {hint}")
+
+
+def check_order(space, obs_keys):
+    """Raises InputError where an environment's observation space has the obs_keys in another order."""
+    if isinstance(space, gym.spaces.Dict) and sorted(space) == sorted(obs_keys) and list(space) != list(obs_keys):
+        expected = f"expected {' '.join(space)}, as the environment has them"
+        raise InputError(f"--obs-keys {' '.join(obs_keys)}: observations are in another order; {expected}")
 
 
 def read_demonstration(demo, where, obs_keys, has_next):

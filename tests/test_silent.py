@@ -123,10 +123,11 @@ def test_spaces_that_envs_make_would_have_changed():
     box, unit = gym.spaces.Box(-9, 9, (3,)), gym.spaces.Box(-1, 1, (2,))
     common.check_spaces(SimpleNamespace(observation_space=box, action_space=unit))
     for obs, act, message in [
-        (gym.spaces.Dict(a=box), unit, "observations Dict.*FlattenObservation"),
-        (gym.spaces.Box(-1, 1, (2, 3)), unit, "observations Box.*FlattenObservation"),
-        (box, gym.spaces.Box(-0.05, 0.05, (2,)), "actions Box.*from -1 to 1.*RescaleAction"),
-        (box, gym.spaces.Discrete(3), "actions Discrete"),
+        (gym.spaces.Dict(a=box), unit, "observations are Dict.*FlattenObservation"),
+        (gym.spaces.Box(-1, 1, (2, 3)), unit, "observations are Box.*FlattenObservation"),
+        (box, gym.spaces.Box(-0.05, 0.05, (2,)), "actions are Box.*from -1 to 1.*RescaleAction"),
+        (box, gym.spaces.Discrete(3), "actions are Discrete"),
+        (box, gym.spaces.MultiBinary(3), "actions are MultiBinary"),
     ]:
         with pytest.raises(common.InputError, match=message):
             common.check_spaces(SimpleNamespace(observation_space=obs, action_space=act))
@@ -160,7 +161,7 @@ def test_a_policy_that_breaks_its_contract_is_named_before_it_trains():
             common.check_policy(policy, obs, 2, args)
 
 
-def test_a_range_of_values_that_cannot_be(tmp_path):
+def test_a_range_of_values_that_cannot_be():
     """Rewards that were not scaled, in a project without envs/; rewards that are all the same."""
     with pytest.raises(common.InputError, match="--sparse-reward: the data pay 1, scaled; expected"):
         parl.value_range(np.array([0.0, 1.0]), parl.Args(sparse_reward=True, reward_bias=-1.0))
@@ -168,20 +169,19 @@ def test_a_range_of_values_that_cannot_be(tmp_path):
         parl.value_range(np.zeros(3), parl.Args())
 
 
-def test_what_an_environment_pays_is_checked_in_the_first_evaluation(tmp_path):
-    """Not only in the first online episode, when offline RL is done: it pays -1 where the file pays 0."""
+def test_what_an_environment_pays_is_checked_in_the_first_evaluation(monkeypatch, tmp_path):
+    """Not only in the first online episode, when offline RL is done: each step pays what in the file success does."""
     gym.register("Costly-v0", Careless, max_episode_steps=5)
     last = np.arange(9) == 8
     rows = dict(observations=np.zeros((9, 2)), actions=np.zeros((9, 1)), timeouts=np.zeros(9))
     np.savez(tmp_path / "data.npz", **rows, rewards=last, terminals=last)
     flags = ["--env-id", "Costly-v0", "--dataset-path", tmp_path / "data.npz", "--sparse-reward", "--reward-bias", -1]
-    flags += ["--reward-scale", 1, "--run-dir", tmp_path / "run"]
-    Careless.pays, expected = 1.0, "an episode paid 0 at most, and 0 at its end, with success False"
+    monkeypatch.setattr(Careless, "pays", 1.0)
+    expected = "an episode paid 0 at most, and 0 at its end, with success False"
     try:
         with pytest.raises(SystemExit, match=f"error: --sparse-reward: .*{expected}"):
-            run_here("parl_gaussian", *SMALL, *flags)
+            run_here("parl_gaussian", *SMALL, *flags, "--run-dir", tmp_path / "run")
     finally:
-        Careless.pays = -1.0
         del gym.registry["Costly-v0"]
     assert {row["phase"] for row in common.read_metrics(tmp_path / "run" / "metrics.csv")} <= {"bc"}
 
