@@ -1,4 +1,4 @@
-"""An episode before and one after PA-RL, side by side from the same start: benchmark/NAME.gif.
+"""An episode of the clone and one after PA-RL, side by side from the same start: benchmark/NAME.gif.
 
 python benchmark/gifs.py drawer runs/gif_drawer    # a whole run with --capture-video
 """
@@ -36,7 +36,7 @@ def side_by_side(before, after):
 
 
 def main(name, run, episode=0):
-    before, after = (last(Path(run).glob(f"videos/{phase}-*")) for phase in ("bc", "online"))
+    before, after = (last(Path(run).glob(f"videos/{phase}-*")) for phase in ("bc", "o[nf]*line"))
     first, *others = side_by_side(frames_of(before, int(episode)), frames_of(after, int(episode)))
     first.save(HERE / f"{name}.gif", save_all=True, append_images=others, duration=80, loop=0)
 
