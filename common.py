@@ -453,24 +453,30 @@ def evaluate(envs, act, num_episodes, prefix="eval/", on_end=lambda episode: Non
 
 
 def evaluate_agent(envs, agent, run, args, guard=lambda act: act, check=lambda episode, args: None):
-    """The eval columns of a row: of the raw policy and, once there is a critic, of the optimised one.
+    """The eval columns of a row: of the raw policy and, once there is a critic, of the optimised one. In offline RL the
+    policy is frozen, and its last evaluation counts.
 
     agent: has act_raw and act, see `run_episodes`; guard(act): what is called in its place; check(episode, args): what
     raises an error where the rewards and success of an episode do not fit. With --capture-video three episodes are left
     in the run's folder, of the optimised policy once there is one.
     """
-    has_critic, number = run.counters.phase != "bc", args.num_eval_episodes
+    counters, number = run.counters, args.num_eval_episodes
+    has_critic = counters.phase != "bc"
+    is_known = counters.phase == "offline" and counters.raw[0] == number and not args.eval_only
+    actors = {} if is_known else {"eval/policy_": agent.act_raw}
+    actors |= {"eval/": agent.act} if has_critic else {}
 
     def on_end(episode):
         progress.update()
         check(dict(rewards=episode.rewards, success=episode.success), args)
 
-    with bar("evaluation", "episodes", number * (1 + has_critic), leave=False, delay=2) as progress:
-        row = evaluate(envs, guard(agent.act_raw), number, "eval/policy_", on_end)
-        if has_critic:
-            row |= evaluate(envs, guard(agent.act), number, "eval/", on_end)
+    row = dict(counters.raw[1]) if is_known else {}
+    with bar("evaluation", "episodes", number * len(actors), leave=False, delay=2) as progress:
+        for prefix, act in actors.items():
+            row |= evaluate(envs, guard(act), number, prefix, on_end)
+    counters.raw = number, {name: value for name, value in row.items() if name.startswith("eval/policy_")}
     if args.capture_video and number:
-        folder = run.directory / "videos" / f"{run.counters.phase}-{run.counters.gradient_step}"
+        folder = run.directory / "videos" / f"{counters.phase}-{counters.gradient_step}"
         actor = guard(agent.act if has_critic else agent.act_raw)
         run_episodes(envs[:3], actor, EVALUATION_SEED + np.arange(3), video_dir=folder)
     return row
@@ -504,6 +510,7 @@ class Counters:
         self.before, self.is_last = 0, True  # the phase's steps before this one; is it the phase's last?
         self.collected = {}  # the columns of an online episode whose updates are not all done
         self.updated = {}  # and how many of them are
+        self.raw = (0, {})  # of how many episodes the policy's last evaluation was, and what came out
         self.progress = None  # of the online phase
         clones = args.bc_steps and not args.policy_checkpoint
         self.owes_evaluation = bool(args.num_eval_episodes and not clones)  # of the policy that it starts from

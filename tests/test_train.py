@@ -203,7 +203,42 @@ def test_the_raw_policy_is_evaluated_as_raw(run):
     for before, after in pairwise(run.calls):
         if before.name == "evaluate":
             assert after.num_samples == {"eval/policy_": 1, "eval/": SAMPLES}[before.prefix]
-    assert len(named(run, "evaluate")) == 1 + 2 * 3  # cloning: raw alone
+    raw, optimised = "eval/policy_", "eval/"
+    in_order = [raw, optimised, raw, optimised, raw, optimised]  # bc; offline; distill; online
+    assert [call.prefix for call in named(run, "evaluate")] == in_order
+    cloned, offline = (
+        next(r for r in run.rows if r["phase"] == phase and "eval/policy_return" in r) for phase in ("bc", "offline")
+    )
+    assert {k: v for k, v in offline.items() if k.startswith(raw)} == {
+        k: v for k, v in cloned.items() if k.startswith(raw)
+    }
+
+
+@pytest.mark.parametrize(
+    "phase, number, eval_only, evaluated",
+    [
+        ("offline", 5, False, ["eval/"]),
+        ("offline", 6, False, ["eval/policy_", "eval/"]),  # resumed with another --num-eval-episodes
+        ("offline", 5, True, ["eval/policy_", "eval/"]),
+        ("online", 5, False, ["eval/policy_", "eval/"]),
+        ("bc", 5, False, ["eval/policy_"]),
+    ],
+)
+def test_a_frozen_policy_is_evaluated_once(phase, number, eval_only, evaluated, monkeypatch):
+    """Trials of a robot spent on what is known; an old result in the place of a new policy's."""
+    prefixes = []
+
+    def fake_evaluate(envs, act, num_episodes, prefix, on_end):
+        prefixes.append(prefix)
+        return {prefix + "success_rate": 0.5}
+
+    monkeypatch.setattr(common, "evaluate", fake_evaluate)
+    args = SimpleNamespace(num_eval_episodes=number, eval_only=eval_only, capture_video=False)
+    run = SimpleNamespace(counters=SimpleNamespace(phase=phase, raw=(5, {"eval/policy_success_rate": 0.2})))
+    row = common.evaluate_agent([], SimpleNamespace(act_raw=None, act=None), run, args)
+    raw = 0.5 if "eval/policy_" in evaluated else 0.2
+    assert prefixes == evaluated and row["eval/policy_success_rate"] == raw
+    assert run.counters.raw == (number, {"eval/policy_success_rate": raw})
 
 
 def test_the_critic_learns_towards_its_target(run):
