@@ -172,11 +172,10 @@ def learned_from(episode, args):
     as `scaled_rewards` does."""
     rewards, masks = scaled_rewards(episode, args), episode["masks"]
     returns = mc_returns(rewards, masks, args.discount, args.sparse_reward)
-    if not args.sparse_reward:
-        return rewards, returns
-    if masks[-1] == 0 and rewards.max() < 0:
+    if args.sparse_reward and masks[-1] == 0 and rewards.max() < 0:
         warn_once("--sparse-reward: an episode ended in a failure, which counts as its last cost for ever")
-    return endless_failure(rewards, masks, args.discount), returns
+        rewards = endless_failure(rewards, masks, args.discount)
+    return rewards, returns
 
 
 @functools.cache
@@ -189,6 +188,28 @@ def step_rewards(buffer, args):
     `endless_failure`."""
     rewards, masks = buffer.rewards[: len(buffer)], buffer.masks[: len(buffer)]
     return rewards[(masks > 0) | (rewards >= 0)] if args.sparse_reward else rewards
+
+
+def value_range(rewards, args):
+    """(q_min, q_max): --q-min and --q-max where given. Else q_min is what the lowest reward, or 0 if that is lower,
+    adds up to for ever, r / (1 - discount), and q_max the same with the highest. rewards (N,): the dataset's, scaled.
+    Raises InputError."""
+    if args.sparse_reward and not len(rewards) and args.q_min is None and args.reward_bias >= 0:
+        raise InputError("--q-min: expected one; there is no dataset to take what a step costs from")
+    if args.sparse_reward and rewards.max(initial=0) > 0:
+        raise InputError(f"--sparse-reward: the data pay {rewards.max():g}, scaled; expected success to pay most, 0")
+    if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
+        rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
+    if len(rewards) == 0 and None in (args.q_min, args.q_max):
+        raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
+    low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
+    low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
+    if args.sparse_reward and low == 0:
+        raise InputError("--sparse-reward: no reward * scale + bias is below 0; for rewards 0 and 1, --reward-bias -1")
+    if not low < high:
+        hint = "; every reward * scale + bias is 0, expected success to pay" if low == high == 0 else ""
+        raise InputError(f"--q-min {low}: expected less than --q-max {high}{hint}")
+    return low, high
 
 
 class ReplayBuffer:
@@ -243,11 +264,8 @@ class ReplayBuffer:
         which the last action is repeated and costs nothing.
         NOTE(differs): batches are drawn by a seeded generator, with replacement (released: 34 ms each from 1M rows).
         """
-        if chunk == 1:
-            rows = generator.integers(self.num_transitions, size=batch_size)
-        else:
-            starts = self.chunk_starts(chunk)
-            rows = starts[generator.integers(len(starts), size=batch_size)]
+        starts = self.chunk_starts(chunk)
+        rows = starts[generator.integers(len(starts), size=batch_size)]
         steps = np.arange(chunk)
         inside = np.minimum(rows[:, None] + steps, self.last_rows[rows, None])  # (B, h): beyond the end, the last step
         weights = discount**steps * (rows[:, None] + steps == inside)
@@ -462,19 +480,18 @@ def evaluate_agent(envs, agent, run, args, guard=lambda act: act, check=lambda e
     """
     counters, number = run.counters, args.num_eval_episodes
     has_critic = counters.phase != "bc"
-    is_known = counters.phase == "offline" and counters.raw[0] == number and not args.eval_only
-    actors = {} if is_known else {"eval/policy_": agent.act_raw}
+    row = dict(counters.raw) if counters.phase == "offline" else {}
+    actors = {} if row else {"eval/policy_": agent.act_raw}
     actors |= {"eval/": agent.act} if has_critic else {}
 
     def on_end(episode):
         progress.update()
         check(dict(rewards=episode.rewards, success=episode.success), args)
 
-    row = dict(counters.raw[1]) if is_known else {}
     with bar("evaluation", "episodes", number * len(actors), leave=False, delay=2) as progress:
         for prefix, act in actors.items():
             row |= evaluate(envs, guard(act), number, prefix, on_end)
-    counters.raw = number, {name: value for name, value in row.items() if name.startswith("eval/policy_")}
+    counters.raw = {name: value for name, value in row.items() if name.startswith("eval/policy_")}
     if args.capture_video and number:
         folder = run.directory / "videos" / f"{counters.phase}-{counters.gradient_step}"
         actor = guard(agent.act if has_critic else agent.act_raw)
@@ -510,7 +527,7 @@ class Counters:
         self.before, self.is_last = 0, True  # the phase's steps before this one; is it the phase's last?
         self.collected = {}  # the columns of an online episode whose updates are not all done
         self.updated = {}  # and how many of them are
-        self.raw = (0, {})  # of how many episodes the policy's last evaluation was, and what came out
+        self.raw = {}  # what the policy's last evaluation in this process found
         self.progress = None  # of the online phase
         clones = args.bc_steps and not args.policy_checkpoint
         self.owes_evaluation = bool(args.num_eval_episodes and not clones)  # of the policy that it starts from
@@ -584,7 +601,7 @@ class Counters:
         return self.is_last or self.before // every < self.done[self.phase] // every
 
     def state_dict(self):
-        state = {name: value for name, value in vars(self).items() if name not in ("args", "progress")}
+        state = {name: value for name, value in vars(self).items() if name not in ("args", "progress", "raw")}
         return state | {"done": dict(self.done), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state):
@@ -1046,12 +1063,12 @@ def begin(run, args):
     directory, checkpoint, command = run.directory, run.checkpoint, sys.argv[1:]
     with writing(directory / "config.json"):
         directory.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
+    if args.resume:
+        command = read_config(directory).get("command", command)  # that of its start
+    else:
         checkpoint.lock()
         if checkpoint.path.exists():
             raise InputError(f"--run-dir {directory}: holds a run; expected a new folder, or --resume to go on")
-    if args.resume:
-        command = read_config(directory).get("command", command)  # that of its start
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
     config = {**vars(args), **checkpoint.identity, "python": sys.version.split()[0], **versions, "command": command}
     config |= {"dataset_note": run.log.note} if run.log.note else {}

@@ -53,7 +53,6 @@ from typing import Literal
 # Read when torch is loaded: how long its threads wait awake for each other. Its default is slow beside other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -219,28 +218,6 @@ def hl_gauss(target, args):
     return torch.softmax(log_probs, -1)  # renormalised
 
 
-def value_range(rewards, args):
-    """(q_min, q_max): --q-min and --q-max where given. Else q_min is what the lowest reward, or 0 if that is lower,
-    adds up to for ever, r / (1 - discount), and q_max the same with the highest. rewards (N,): the dataset's, scaled.
-    Raises InputError."""
-    if args.sparse_reward and not len(rewards) and args.q_min is None and args.reward_bias >= 0:
-        raise InputError("--q-min: expected one; there is no dataset to take what a step costs from")
-    if args.sparse_reward and rewards.max(initial=0) > 0:
-        raise InputError(f"--sparse-reward: the data pay {rewards.max():g}, scaled; expected success to pay most, 0")
-    if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
-        rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
-    if len(rewards) == 0 and None in (args.q_min, args.q_max):
-        raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
-    low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
-    low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
-    if args.sparse_reward and low == 0:
-        raise InputError("--sparse-reward: no reward * scale + bias is below 0; for rewards 0 and 1, --reward-bias -1")
-    if not low < high:
-        hint = "; every reward * scale + bias is 0, expected success to pay" if low == high == 0 else ""
-        raise InputError(f"--q-min {low}: expected less than --q-max {high}{hint}")
-    return low, high
-
-
 class Critic(nn.Module):
     """E value functions Q_e(s, a), a batch dimension of the weights: dense, LayerNorm, SiLU; then a head whose
     distribution over `num_bins` bins has the value as its mean.
@@ -303,7 +280,7 @@ def rerank(critic, obs, candidates, args, dataset_actions=None):
     with torch.no_grad():
         q = critic(obs, candidates)[0].mean(0)  # (B, K)
     best = q.topk(args.num_keep, dim=1).indices  # (B, M)
-    kept = candidates.gather(1, best[..., None].expand(-1, -1, candidates.shape[-1]))  # (B, M, A)
+    kept = candidates.take_along_dim(best[..., None], 1)  # (B, M, A)
     if dataset_actions is not None and args.num_keep > 1:
         kept = torch.cat([kept[:, :-1], dataset_actions[:, None]], 1)
     return kept
@@ -392,46 +369,37 @@ def optimization_info(critic, obs, candidates, args):
     }
 
 
-class SampleCache:
-    """A frozen policy's K samples at each of `states` (S, O), a replay buffer's, in float16, drawn from the seed alone.
-    Where they exceed --sample-cache-gb, or the phase touches fewer states, samples are drawn at every touch instead.
+def cache_pays(num_states, act_dim, args):
+    """Do a frozen policy's samples fit into --sample-cache-gb, and are they fewer than the phase would draw?"""
+    gigabytes = 2e-9 * num_states * args.num_samples * act_dim
+    return gigabytes <= args.sample_cache_gb and num_states <= 2 * args.batch_size * args.offline_steps
+
+
+def cache_samples(policy, states, act_dim, args, stop=None):
+    """A frozen policy's K samples at each of `states` (S, O), drawn from the seed alone -> (S, K, A), in float16.
 
     NOTE(differs): a frozen policy's samples are drawn once per state (released: at every touch, but for its OpenVLA).
     """
-
-    def __init__(self, policy, states, act_dim, args, stop=None):
-        self.policy, self.num_samples, self.actions = policy, args.num_samples, None
-        if not self.pays(len(states), act_dim, args):
-            return
-        self.actions = torch.zeros(len(states), args.num_samples, act_dim, dtype=torch.float16, device=states.device)
-        size = max(1, 8192 // args.num_samples)  # states at once
-        with torch.random.fork_rng(), common.Progress("samples", "states", 0, len(states)) as progress:
-            torch.manual_seed(args.seed)
-            for start in range(0, len(states), size):
-                if stop and stop.asked:
-                    return  # the run ends before they are used
-                rows = slice(start, start + size)
-                self.actions[rows] = policy.sample(states[rows], args.num_samples)
-                progress.reach(min(start + size, len(states)))
-
-    @staticmethod
-    def pays(num_states, act_dim, args):
-        """Do the samples fit, and are they fewer than the phase would draw?"""
-        gigabytes = 2e-9 * num_states * args.num_samples * act_dim
-        return gigabytes <= args.sample_cache_gb and num_states <= 2 * args.batch_size * args.offline_steps
-
-    def samples(self, batch):
-        """(2B, K, A), at the batch's obs and next_obs."""
-        if self.actions is None:
-            return draw_samples(self.policy, batch, self.num_samples)
-        return self.actions[torch.cat([batch["state_rows"], batch["next_state_rows"]])].float()
+    cache = torch.zeros(len(states), args.num_samples, act_dim, dtype=torch.float16, device=states.device)
+    size = max(1, 8192 // args.num_samples)  # states at once
+    with torch.random.fork_rng(), common.Progress("samples", "states", 0, len(states)) as progress:
+        torch.manual_seed(args.seed)
+        for start in range(0, len(states), size):
+            if stop and stop.asked:
+                break  # the run ends before they are used
+            rows = slice(start, start + size)
+            cache[rows] = policy.sample(states[rows], args.num_samples)
+            progress.reach(min(start + size, len(states)))
+    return cache
 
 
-def draw_samples(policy, batch, num_samples):
-    """(2B, K, A), at the batch's obs and next_obs.
+def draw_samples(policy, batch, num_samples, cache=None):
+    """The policy's samples (2B, K, A) at the batch's obs and next_obs, from the cache or drawn now.
 
     NOTE(differs): obs and next_obs get different noise (released: the same seed).
     """
+    if cache is not None:
+        return cache[torch.cat([batch["state_rows"], batch["next_state_rows"]])].float()
     return policy.sample(torch.cat([batch["obs"], batch["next_obs"]]), num_samples)
 
 
@@ -578,12 +546,9 @@ def train(args: Args) -> Path:
     if counters.owes_evaluation:  # of a policy that is not cloned here, or one in which the run was stopped
         end_update()
 
-    def tell_the_rest(_seconds):
-        is_last = args.offline_steps == 0 and 0 in (args.online_steps, args.online_episodes)
-        return "" if is_last else counters.then_offline(*agent.time_later())
-
     # Phase 1: behaviour cloning
-    for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps, tell_the_rest):
+    num_steps = 0 if args.policy_checkpoint else args.bc_steps
+    for step in counters.steps("bc", num_steps, lambda _: counters.then_offline(*agent.time_later())):
         log.add(agent.clone(learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)))
         end_update()
 
@@ -651,7 +616,7 @@ def set_up(args):
     else:
         dataset = common.ReplayBuffer(obs_dim, act_dim)
         args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # no data, no offline RL
-    q_min, q_max = value_range(common.step_rewards(dataset, args), args)
+    q_min, q_max = common.value_range(common.step_rewards(dataset, args), args)
     args = dataclasses.replace(args, q_min=q_min, q_max=q_max)  # which the critic's bins span
     if not common.family(args.env_id):
         atexit.register(env.close)  # a robot is let go, however the run ends
@@ -716,21 +681,23 @@ class Agent:
         NOTE(differs): with --critic-ema-rate below 1 an average of critics acts and distils (released: the latest).
         """
         batch = self.draw_batch(num_offline)
-        samples = cache.samples(batch) if cache else draw_samples(self.policy_ema, batch, self.args.num_samples)
+        samples = draw_samples(self.policy_ema, batch, self.args.num_samples, cache)
         self.latest = batch["obs"], samples[: self.args.batch_size]
-        args, networks = self.args, (self.critic, self.target_critic)
-        info = self.update_critic(*networks, self.critic_optimizer, batch, samples, args)
-        rate = max(args.critic_ema_rate, 1 / (num_before + 1))  # at first the mean of all so far
+        info = self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
+        rate = max(self.args.critic_ema_rate, 1 / (num_before + 1))  # at first the mean of all so far
         move_average(self.critic_ema, self.critic, rate)
         return info
 
     def cache_samples(self, stop=None):
+        """For offline RL: see the function of this name. None where a cache does not pay."""
+        if not cache_pays(self.dataset.num_states, self.act_dim, self.args):
+            return None
         states = self.normalized(self.dataset.states[: self.dataset.num_states])
-        return SampleCache(self.policy_ema, states, self.act_dim, self.args, stop)
+        return cache_samples(self.policy_ema, states, self.act_dim, self.args, stop)
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""
-        return optimization_info(self.critic_ema, *self.latest, self.args) if self.latest else {}
+        return optimization_info(self.critic_ema, *self.latest, self.args)
 
     def normalized(self, obs):  # (N, O) raw observations, numpy -> (N, O)
         return self.normalizer(torch.from_numpy(obs).to(self.device))
@@ -763,7 +730,7 @@ class Agent:
                 drawn = time.perf_counter() - began
                 twin.improve_critic(0, args.batch_size)["critic/loss"].item()
                 both = time.perf_counter() - began - drawn
-        draws = states / (2 * args.batch_size) if SampleCache.pays(states, self.act_dim, args) else args.offline_steps
+        draws = states / (2 * args.batch_size) if cache_pays(states, self.act_dim, args) else args.offline_steps
         return (both - drawn) * args.offline_steps + drawn * draws, both
 
 

@@ -216,8 +216,9 @@ DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # SigLIP: 0.
 
 def draw(probs, uniform):
     """Draws from probs (R, bins), N per row: uniform (R, N) in [0, 1] -> the first indices (R, N) at which the sum of
-    probabilities exceeds it."""
-    return torch.searchsorted(probs.cumsum(-1), uniform.contiguous(), right=True).clamp(max=probs.shape[-1] - 1)
+    probabilities reaches it. The sum ends a rounding error beside 1, so it is the sum that uniform is a share of."""
+    sums = probs.cumsum(-1)
+    return torch.searchsorted(sums, uniform * sums[:, -1:])
 
 
 class Linear(nn.Linear):
@@ -567,7 +568,7 @@ def load_policy(act_dim, args, device):
         args.checkpoint = str(Path(args.checkpoint).resolve())  # so that --resume works from any folder
     folder = checkpoint_folder(args.checkpoint, CONFIGS)  # errors before 15 GB are downloaded
     check_kind(folder)
-    sizes, statistics = read_config(folder, args.unnorm_key)
+    sizes, statistics = read_sizes(folder, args.unnorm_key)
     if len(statistics["q01"]) != act_dim:
         there = f"actions have {len(statistics['q01'])} dimensions there (--unnorm-key)"
         raise InputError(f"--checkpoint {folder}: {there}; expected the environment's {act_dim}")
@@ -649,7 +650,7 @@ def check_kind(folder):
                 raise InputError(f"--checkpoint {folder}: {file} has {name} {config[name]}; expected {expected}")
 
 
-def read_config(folder, unnorm_key):
+def read_sizes(folder, unnorm_key):
     """A checkpoint's config.json -> Sizes, and the action statistics of the dataset `unnorm_key`.
 
     A dataset_statistics.json beside a fine-tuned checkpoint counts instead of the config's.
@@ -816,28 +817,6 @@ def hl_gauss(target, args):
     return torch.softmax(log_probs, -1)  # renormalised
 
 
-def value_range(rewards, args):
-    """(q_min, q_max): --q-min and --q-max where given. Else q_min is what the lowest reward, or 0 if that is lower,
-    adds up to for ever, r / (1 - discount), and q_max the same with the highest. rewards (N,): the dataset's, scaled.
-    Raises InputError."""
-    if args.sparse_reward and not len(rewards) and args.q_min is None and args.reward_bias >= 0:
-        raise InputError("--q-min: expected one; there is no dataset to take what a step costs from")
-    if args.sparse_reward and rewards.max(initial=0) > 0:
-        raise InputError(f"--sparse-reward: the data pay {rewards.max():g}, scaled; expected success to pay most, 0")
-    if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
-        rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
-    if len(rewards) == 0 and None in (args.q_min, args.q_max):
-        raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
-    low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
-    low, high = low if args.q_min is None else args.q_min, high if args.q_max is None else args.q_max
-    if args.sparse_reward and low == 0:
-        raise InputError("--sparse-reward: no reward * scale + bias is below 0; for rewards 0 and 1, --reward-bias -1")
-    if not low < high:
-        hint = "; every reward * scale + bias is 0, expected success to pay" if low == high == 0 else ""
-        raise InputError(f"--q-min {low}: expected less than --q-max {high}{hint}")
-    return low, high
-
-
 class Residual(nn.Module):
     """x plus two convolutions of it (He et al., 2016)."""
 
@@ -942,7 +921,7 @@ def rerank(critic, obs, candidates, args, dataset_actions=None):
     with torch.no_grad():
         q = critic(obs, candidates)[0].mean(0)  # (B, K)
     best = q.topk(args.num_keep, dim=1).indices  # (B, M)
-    kept = candidates.gather(1, best[..., None].expand(-1, -1, candidates.shape[-1]))  # (B, M, A)
+    kept = candidates.take_along_dim(best[..., None], 1)  # (B, M, A)
     if dataset_actions is not None and args.num_keep > 1:
         kept = torch.cat([kept[:, :-1], dataset_actions[:, None]], 1)
     return kept
@@ -1197,7 +1176,9 @@ def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
     policy.train()
     loss = together(loss_share, policy, obs, actions)
     optimizer.step()
-    move_average(policy_ema, policy, args.policy_ema_rate)
+    with torch.no_grad():
+        if policy_ema is not policy:  # they share what is frozen
+            torch._foreach_lerp_(trained(policy_ema), trained(policy), args.policy_ema_rate)
     return loss
 
 
@@ -1263,7 +1244,7 @@ def learn(args, at_end, device, generator):
         dataset = envs.load_dataset(args.env_id, args.dataset_path, *rewards_as, env, args.obs_keys)
     elif not args.warmup_episodes:
         args = dataclasses.replace(args, offline_steps=0, offline_distill_steps=0)  # nothing to learn from yet
-    q_min, q_max = value_range(common.step_rewards(dataset, args), args)
+    q_min, q_max = common.value_range(common.step_rewards(dataset, args), args)
     args = dataclasses.replace(args, q_min=q_min, q_max=q_max)
 
     # What learns; where the run is, what it logs, what it keeps
@@ -1448,16 +1429,13 @@ class Agent:
         batch = self.draw_batch(num_offline)
         samples = self.samples_at(torch.cat([batch["state_rows"], batch["next_state_rows"]]))
         self.latest = batch["obs"], batch["codes"], samples[: self.args.batch_size]
-        args, networks = self.args, (self.critic, self.target_critic)
-        info = self.update_critic(*networks, self.critic_optimizer, batch, samples, args)
-        rate = max(args.critic_ema_rate, 1 / (num_before + 1))  # at first the mean of all so far
+        info = self.update_critic(self.critic, self.target_critic, self.critic_optimizer, batch, samples, self.args)
+        rate = max(self.args.critic_ema_rate, 1 / (num_before + 1))  # at first the mean of all so far
         move_average(self.critic_ema, self.critic, rate)
         return info | {"opt/sample_age": self.store.age(batch["state_rows"])}
 
     def describe(self):
         """The opt columns of a row: what action optimisation does to samples of the latest batch."""
-        if not self.latest:
-            return {}
         images, codes, samples = self.latest
         with torch.no_grad():
             obs = self.critic_ema.encode(images, codes)
@@ -1625,7 +1603,7 @@ def trained(policy):
     return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
 
-def share(obs):
+def own_rows(obs):
     """This rank's rows of observations."""
     rank, num_ranks = ranks()
     return {name: value[rank::num_ranks] for name, value in obs.items()}
@@ -1638,7 +1616,7 @@ def sample_share(policy, obs, num_samples, seeds):
         return policy.sample(obs, num_samples, seeds)
     drawn = torch.zeros(len(seeds), num_samples, policy.act_dim, device=policy.device)
     if mine := seeds[rank::num_ranks]:
-        drawn[rank::num_ranks] = policy.sample(share(obs), num_samples, mine)
+        drawn[rank::num_ranks] = policy.sample(own_rows(obs), num_samples, mine)
     dist.all_reduce(drawn)  # the sum: each row is one rank's
     return drawn
 
@@ -1647,7 +1625,7 @@ def loss_share(policy, obs, actions):
     """The policy's loss, its gradient in .grad: each rank's on its share of the rows, then the mean over ranks."""
     rank, num_ranks = ranks()
     policy.zero_grad()
-    loss = policy.loss(share(obs), actions[rank::num_ranks]) / num_ranks
+    loss = policy.loss(own_rows(obs), actions[rank::num_ranks]) / num_ranks
     loss.backward()
     loss = loss.detach()
     if num_ranks > 1:

@@ -110,7 +110,7 @@ def main(options):
     watch.time(getattr(module, f"{options.script.removeprefix('parl_').title()}Policy"), "sample", "sampling")
     for name in ("optimize_actions", "choose"):
         watch.time(module, name, "optimising actions")
-    watch.time(module.SampleCache, "__init__", "filling the sample cache", whole=True)
+    watch.time(module, "cache_samples", "filling the sample cache", whole=True)
     watch.time(module, "optimization_info", "opt/ columns of the log", whole=True)
     watch.time(common, "evaluate", "evaluation", whole=True)
     watch.time(module, "update_critic", "critic's loss and step")

@@ -205,10 +205,10 @@ def load_dataset(
         raise InputError(f"{error}; {hint}" if hint and not is_own else str(error)) from error
     data["actions"] = 2 * (data["actions"] - low) / (high - low) - 1
     raw_rewards = data["rewards"].astype(np.float64)
-    data["rewards"] = raw_rewards * reward_scale + reward_bias
+    data["rewards"] = (raw_rewards * reward_scale + reward_bias).round(6)  # as common.scaled_rewards
     files.check_numbers(data["rewards"], f"--reward-scale {reward_scale} --reward-bias {reward_bias}: reward")
     if sparse:
-        files.check_sparse(raw_rewards, reward_scale, reward_bias, path)
+        files.check_sparse(data["rewards"], reward_scale, reward_bias, path)
     data["terminals"] = files.find_terminals(data, sparse, path)
     buffer = ReplayBuffer(shape, len(low), np.uint8 if is_image else np.float32)
     buffer.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -230,7 +230,7 @@ def read_dataset(env_id, path, obs_keys):
     if robomimic.has_layout(path):
         return robomimic.read_dataset(path, obs_keys)
     module = family_module(env_id)
-    data = module.read_dataset(env_id, path) if module else files.read_dataset(path)
+    data = module.read_dataset(env_id, path) if hasattr(module, "read_dataset") else files.read_dataset(path)
     if obs_keys:
         expected = "expected it only with data/demo_N/obs/KEY in an HDF5 file, robomimic's layout"
         raise InputError(f"--obs-keys {' '.join(obs_keys)}: dataset {path} has observations in one array; {expected}")
@@ -267,25 +267,28 @@ def family_module(env_id):
     IDS               the ids it knows
     make(env_id, render) -> gymnasium environment with its time limit and info["success"] at every step
     dataset_file(env_id) -> path of its dataset: found, downloaded or made on first use
-    read_dataset(env_id, path) -> the arrays of envs/files.py
 
-    where it has images, make_images(env_id, image_size) and dataset_file(env_id, image_size); where a file that is bad
-    was not made here, HOW_TO_REPLACE it; and where others can be made in place of its own, made_file(env_id) and
-    NOTE_ON_MADE, for whoever reads the results.
-    Raises InputError naming the package that is missing.
+    where its files have a layout of their own, read_dataset(env_id, path) -> the arrays of envs/files.py; where it has
+    images, make_images(env_id, image_size) and dataset_file(env_id, image_size); where a file that is bad was not made
+    here, HOW_TO_REPLACE it; and where others can be made in place of its own, made_file(env_id) and NOTE_ON_MADE, for
+    whoever reads the results.
+    Raises InputError naming the package that is missing, and for an id that is none of IDS, with near misses.
     """
     family = common.family(env_id)
     if not family:
         return None
     try:
         with opengl.optional():
-            return importlib.import_module(f"envs.{MODULES[family]}")
+            module = importlib.import_module(f"envs.{MODULES[family]}")
     except ModuleNotFoundError as error:
         is_ours = error.name.startswith("envs.")
         missing = f"{error.name.replace('.', '/')}.py" if is_ours else f"pip install {error.name}"
         if MODULES[family] in ("d4rl", "ogbench") and not is_ours:
             missing = "Python 3.11, or on a later one the line in docs/environments.md#python-versions"
         raise InputError(f"--env-id {env_id}: {error}; expected {missing}") from error
+    if module.IDS and env_id not in module.IDS:  # Minari has a list of its own
+        raise unknown_id(env_id, f"none of {MODULES[family]}'s ids", module.IDS, f"an id like {module.IDS[0]}")
+    return module
 
 
 def known_ids():
@@ -328,3 +331,15 @@ def unknown_id(env_id, reason, ids, expected):
     near = difflib.get_close_matches(env_id.rpartition(":")[2], names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(names[name] for name in near)}?" if near else f"expected {expected}"
     return InputError(f"--env-id {env_id}: {reason.rstrip('.')}; {hint}")
+
+
+@contextlib.contextmanager
+def drawing_from(generator):
+    """Within the block numpy's global generator goes on as `generator`, a RandomState; after it, as it was before."""
+    outer = np.random.get_state()
+    np.random.set_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(np.random.get_state())
+        np.random.set_state(outer)

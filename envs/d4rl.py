@@ -19,7 +19,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from envs import files, opengl, unknown_id
+from envs import drawing_from, files, opengl
 
 
 @contextlib.contextmanager
@@ -91,12 +91,6 @@ HOW_TO_REPLACE = "delete it, and it is downloaded again"
 IDS = tuple(name for name in d4rl.infos.DATASET_URLS if re.fullmatch(r"antmaze-.*-v2|kitchen-.*-v0", name))
 
 
-def check_id(env_id):
-    """Raises InputError, with near misses, for an id that is not one of IDS."""
-    if env_id not in IDS:
-        raise unknown_id(env_id, "D4RL has no such environment", IDS, f"one of {', '.join(IDS)}")
-
-
 # ======================================== ENVIRONMENTS ========================================
 
 
@@ -110,9 +104,8 @@ def make(env_id, render=False):
       observation (60,): noisy positions of arm (9,) and objects (21,), and the objects' goal (30,); action (9,): joint
       velocities in [-1, 1]. Reward: the number of tasks completed so far, 0 to 4; the episode ends at 4.
 
-    render: has render() -> (480, 480, 3) uint8. Raises InputError for an unknown id.
+    render: has render() -> (480, 480, 3) uint8.
     """
-    check_id(env_id)
     return gymnasium.wrappers.TimeLimit(D4RL(env_id, render), gym.spec(env_id).max_episode_steps)
 
 
@@ -127,9 +120,9 @@ class D4RL(gymnasium.Env):
     def __init__(self, env_id, render):
         self.render_mode = "rgb_array" if render else None
         self.env_id, self.is_maze = env_id, env_id.startswith("antmaze")
-        self.numpy_state = np.random.RandomState().get_state()
+        self.generator = np.random.RandomState()
         spec = gym.spec(env_id)
-        with self.own_numpy_state(), quiet(), tempfile.NamedTemporaryFile(suffix=".xml") as file:
+        with drawing_from(self.generator), quiet(), tempfile.NamedTemporaryFile(suffix=".xml") as file:
             # D4RL writes its maze to a file that it neither closes nor deletes
             maze_env.tempfile = types.SimpleNamespace(mkstemp=lambda **kwargs: (file.fileno(), file.name))
             self.env = gym.envs.registration.load(spec.entry_point)(**spec.kwargs)
@@ -139,23 +132,12 @@ class D4RL(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, act_shape, np.float32)
         self.renderer = self.make_renderer() if render else None
 
-    @contextlib.contextmanager
-    def own_numpy_state(self):
-        """D4RL draws goals from numpy's global generator: while it does, the generator is this environment's."""
-        outside = np.random.get_state()
-        np.random.set_state(self.numpy_state)
-        try:
-            yield
-        finally:
-            self.numpy_state = np.random.get_state()
-            np.random.set_state(outside)
-
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.numpy_state = np.random.RandomState(np.random.MT19937(seed)).get_state()
+            self.generator = np.random.RandomState(np.random.MT19937(seed))
             self.inner.np_random, _ = gym.utils.seeding.np_random(int(seed))
-        with self.own_numpy_state():
+        with drawing_from(self.generator):
             obs = self.env.reset()
         return obs.astype(np.float32), {"success": False}
 
@@ -208,7 +190,6 @@ class D4RL(gymnasium.Env):
 def dataset_file(env_id):
     """D4RL's HDF5 file of env_id, in $D4RL_DATASET_DIR or ~/.d4rl/datasets, or else downloaded to the first of them.
     Raises InputError where the download fails, saying which file to put where."""
-    check_id(env_id)
     folders = [os.environ.get("D4RL_DATASET_DIR"), "~/.d4rl/datasets"]
     return files.find_or_download(env_id, d4rl.infos.DATASET_URLS[env_id], filter(None, folders))
 

@@ -114,37 +114,19 @@ def read_dataset(path, optional=("next_observations",)):
 
     Raises InputError for a file that cannot be read, and for one that lacks a key which is not `optional`.
     """
-    where = f"dataset {path}"
+    where, is_npz = f"dataset {path}", path.suffix == ".npz"
     if not path.is_file():
         raise InputError(f"{where}: {'is a directory' if path.is_dir() else 'no such file'}; expected .hdf5 or .npz")
     try:
-        data = read_npz(path) if path.suffix == ".npz" else read_hdf5(path)
-        found = names(path)
+        with np.load(path, allow_pickle=False) if is_npz else h5py.File(path, "r") as file:
+            found, arrays = list(file), {key: file.get(key) for key in DATASET_KEYS}
+            is_array = (np.ndarray, h5py.Dataset)  # groups at the top are left out
+            data = {key: np.asarray(array[()]) for key, array in arrays.items() if isinstance(array, is_array)}
     except UNREADABLE as error:
-        kind = "npz" if path.suffix == ".npz" else "HDF5"
-        raise InputError(f"{where}: cannot be read as {kind} ({one_line(error)})") from error
+        raise InputError(f"{where}: cannot be read as {'npz' if is_npz else 'HDF5'} ({one_line(error)})") from error
     if missing := [key for key in DATASET_KEYS if key not in data and key not in optional]:
         raise InputError(f"{where}: missing {', '.join(missing)}; found {', '.join(map(str, found)) or 'nothing'}")
     return data
-
-
-def names(path):
-    """Of everything at the top of an npz or HDF5 file."""
-    with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
-        return list(file)
-
-
-def read_npz(path):
-    """The arrays of an npz file. Nothing in it is unpickled. Raises one of UNREADABLE for a damaged file."""
-    with np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in DATASET_KEYS if key in file}
-
-
-def read_hdf5(path):
-    """The arrays at the top of an HDF5 file; groups are left out. Raises one of UNREADABLE for a damaged file."""
-    with h5py.File(path, "r") as file:
-        arrays = {key: file.get(key) for key in DATASET_KEYS}
-        return {key: np.asarray(array[()]) for key, array in arrays.items() if isinstance(array, h5py.Dataset)}
 
 
 # ======================================== CHECKING ========================================
@@ -198,15 +180,13 @@ def refuse_rows(where, array, bad, expected):
 
 
 def check_sparse(rewards, scale, bias, path):
-    """Raises InputError unless success, which is what pays most, pays 0 when scaled, and other steps cost."""
-    scaled, flags = rewards * scale, f"--reward-scale {float(scale)} --reward-bias"
-    most = f"dataset {path}: --sparse-reward with {flags} {float(bias)}: reward[{scaled.argmax()}]"
-    if (scaled + bias).max() > 0:
-        expected = f"expected success to pay 0: {flags} {float(0 - scaled.max())}"
-        raise InputError(f"{most} = {float((scaled + bias).max())}; {expected}")
-    if (scaled + bias).min() == 0:
-        expected = f"expected each step before success to cost: {flags} {float(bias - 1)}"
-        raise InputError(f"{most} = 0.0, as every other; {expected}")
+    """Raises InputError unless success, which pays most, pays 0 and other steps cost. rewards (N,): scaled."""
+    flags, most = f"--reward-scale {float(scale)} --reward-bias", float(rewards.max())
+    paid = f"dataset {path}: --sparse-reward with {flags} {float(bias)}: reward[{rewards.argmax()}] = {most}"
+    if most > 0:
+        raise InputError(f"{paid}; expected success to pay 0: {flags} {round(bias - most, 6) + 0.0}")
+    if rewards.min() == 0:
+        raise InputError(f"{paid}, as every other; expected each step before success to cost: {flags} {bias - 1.0}")
 
 
 def find_terminals(data, sparse, path):
@@ -300,7 +280,7 @@ def describe(data, episodes, raw_rewards, discount, sparse, path):
         warn_of_breaks(data, sparse, path)
     length = np.median((stops - starts)[success]) if success.any() else 0
     if sparse and discount**length < 0.01:
-        enough = math.ceil(1000 * 0.01 ** (1 / length)) / 1000
+        enough = math.ceil(10_000 * 0.01 ** (1 / length)) / 10_000
         print(
             f"warning: --discount {discount:g}: success {length:.0f} steps away, the median here, is worth "
             f"{discount**length:.2g} of what it is at the end; expected about {enough:g}",

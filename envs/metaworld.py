@@ -15,7 +15,7 @@ from metaworld.env_dict import ENV_CLS_MAP
 from metaworld.policies import ENV_POLICY_MAP
 
 from common import bar
-from envs import files, opengl, unknown_id
+from envs import files, opengl
 
 INSTRUCTIONS = {  # task: what a language-conditioned policy is told
     "assembly": "put the ring onto the peg",
@@ -80,16 +80,7 @@ VIDEO_SIZE = 256  # pixels
 
 
 def task_of(env_id):
-    """The task of "metaworld-{task}". Raises InputError with near misses for one that does not exist."""
-    task = env_id.removeprefix("metaworld-")
-    if task not in INSTRUCTIONS:
-        raise unknown_id(env_id, "no task of Meta-World", IDS, f"one of {', '.join(IDS)}")
-    return task
-
-
-def instruction(env_id):
-    """What to do in `env_id`, in words: "open the drawer"."""
-    return INSTRUCTIONS[task_of(env_id)]
+    return env_id.removeprefix("metaworld-")
 
 
 # ======================================== ENVIRONMENT ========================================
@@ -182,7 +173,7 @@ def make(env_id, render=False, repeat=1):
     """The environment `env_id`, with its time limit of 200 steps. render: fail now if it cannot draw. repeat: steps
     that an action lasts.
 
-    Raises InputError for an unknown id, with near misses, and for render without OpenGL.
+    Raises InputError for render without OpenGL.
     """
     env = MetaWorld(task_of(env_id), repeat)
     if render:
@@ -268,13 +259,7 @@ def generate(env_id, num_transitions, seed=0, image_size=0):
 
 def dataset_file(env_id, image_size=0):
     """The demonstrations of `env_id` in $PARL_CACHE (~/.cache/parl), made on first use in about a minute."""
-    task_of(env_id)
     if image_size:
         name = f"{env_id}-{NUM_IMAGE_TRANSITIONS}-{image_size}px-v1.npz"
         return files.cached_file(name, lambda: generate(env_id, NUM_IMAGE_TRANSITIONS, image_size=image_size))
     return files.cached_file(f"{env_id}-{NUM_TRANSITIONS}-v1.npz", lambda: generate(env_id, NUM_TRANSITIONS))
-
-
-def read_dataset(env_id, path):
-    """The arrays of an HDF5 or npz file. Raises InputError naming what is wrong with it."""
-    return files.read_dataset(path)

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from common import bar
-from envs import files, opengl, unknown_id
+from envs import files, opengl
 
 # name: (gymnasium-robotics map, start cell, goal cell, steps to the time limit, transitions of the dataset)
 POINTMAZES = {
@@ -20,18 +20,11 @@ POINTMAZES = {
 IDS = tuple(POINTMAZES)
 
 
-def check_id(env_id):
-    """Raises InputError, with near misses, for an id that is not one of IDS."""
-    if env_id not in IDS:
-        raise unknown_id(env_id, "no such maze", IDS, f"one of {', '.join(IDS)}")
-
-
 # ======================================== ENVIRONMENT ========================================
 
 
 def make(env_id, render=False):
-    """One of IDS with its time limit; it can always draw itself, render or not. Raises InputError for another id."""
-    check_id(env_id)
+    """One of IDS with its time limit; it can always draw itself, render or not."""
     return gym.wrappers.TimeLimit(PointMaze(env_id), POINTMAZES[env_id][3])
 
 
@@ -89,16 +82,9 @@ class PointMaze(gym.Wrapper):
 
 
 def dataset_file(env_id):
-    """The play data of env_id in $PARL_CACHE (~/.cache/parl), made on first use, in about a minute for the largest.
-    Raises InputError for an id that is not one of IDS."""
-    check_id(env_id)
+    """The play data of env_id in $PARL_CACHE (~/.cache/parl), made on first use, in about a minute for the largest."""
     num_transitions = POINTMAZES[env_id][4]
     return files.cached_file(f"{env_id}-{num_transitions}-v1.npz", lambda: generate_pointmaze(env_id, num_transitions))
-
-
-def read_dataset(env_id, path):
-    """The arrays of an HDF5 or npz file. Raises InputError naming what is wrong with it."""
-    return files.read_dataset(path)
 
 
 def generate_pointmaze(env_id, num_transitions, seed=0):

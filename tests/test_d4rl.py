@@ -317,7 +317,7 @@ def test_antmaze_dataset_by_hand(tmp_path):
     np.testing.assert_array_equal(buffer.states[rows, 0] / 29, [0, 1, 2, 3, 5, 6, 7])
     np.testing.assert_array_equal(buffer.states[rows + 1, 0] / 29, [1, 2, 2, 4, 6, 7, 8])
     np.testing.assert_allclose(buffer.actions[4], np.linspace(-1, 1, 72)[40:48], atol=1e-6)
-    assert parl.value_range(buffer.rewards[: len(buffer)], args) == (-100, 0) and args.hidden_dims == (256,) * 4
+    assert common.value_range(buffer.rewards[: len(buffer)], args) == (-100, 0) and args.hidden_dims == (256,) * 4
     assert (args.discount, args.online_episodes) == (0.99, 1000)
 
 
@@ -336,7 +336,7 @@ def test_kitchen_dataset_by_hand(changes, tmp_path):
     np.testing.assert_array_equal(buffer.states[rows + 1, 0] / 60, [1, 2, 3, 3, 7, 8, 10, 10])
     expected = [-4 - 0.99 * 2 - 0.99**2, -2 - 0.99, -1, 0, -3 - 0.99 * 2, -2, -1, 0]
     np.testing.assert_allclose(buffer.mc_returns[: len(buffer)], expected, rtol=1e-6)
-    assert parl.value_range(buffer.rewards[: len(buffer)], args) == (-400, 0) and not args.sparse_reward
+    assert common.value_range(buffer.rewards[: len(buffer)], args) == (-400, 0) and not args.sparse_reward
 
 
 def test_kitchen_ends_of_a_file_with_timeouts():

@@ -222,7 +222,7 @@ def test_every_family_has_a_module():
     assert set(families) == set(common.FAMILIES.values()) == set(envs.MODULES)
     for env_id in ONE_OF_EACH:
         module = envs.family_module(env_id)
-        assert all(hasattr(module, name) for name in ("IDS", "make", "dataset_file", "read_dataset"))
+        assert all(hasattr(module, name) for name in ("IDS", "make", "dataset_file"))
         assert env_id in module.IDS or env_id.startswith("minari:")
     assert envs.family_module("Pendulum-v1") is None
 

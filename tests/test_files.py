@@ -232,8 +232,8 @@ def test_two_processes_of_one_id_write_files_of_their_own(tmp_path, monkeypatch)
         ((0, 1), 1.0, 0.0, "--reward-scale 1.0 --reward-bias -1.0"),
         ((0, 1), 2.0, -1.0, "--reward-scale 2.0 --reward-bias -2.0"),
         ((1, 0), -1.0, 3.0, "--reward-scale -1.0 --reward-bias 0.0"),  # a cost
-        ((0, np.float32(0.3)), 1.0, -0.3, "--reward-scale 1.0 --reward-bias -0.30000001192092896"),
-        ((0.1, 0.3), 3.0, 5.0, f"--reward-scale 3.0 --reward-bias {-3 * 0.3}"),
+        ((0, np.float32(0.3)), 1.0, 0.3, "--reward-scale 1.0 --reward-bias -0.3"),
+        ((0.1, 0.3), 3.0, 5.0, "--reward-scale 3.0 --reward-bias -0.9"),
     ],
 )
 def test_sparse_success_pays_nothing(rewards, scale, bias, needed, tmp_path):
@@ -249,6 +249,24 @@ def test_sparse_success_pays_nothing(rewards, scale, bias, needed, tmp_path):
     scale, bias = map(float, re.findall(r"--reward-\w+ (\S+)", needed))
     buffer = envs.load_dataset("pointmaze-umaze-play", path, scale, bias, sparse=True)
     assert buffer.rewards[39] == 0 and buffer.masks[39] == 0 and buffer.rewards[:39].max() < 0
+
+
+@pytest.mark.parametrize("scale, bias", [(0.3, -0.9), (0.1, -0.3)])
+def test_success_is_0_also_where_it_is_a_rounding_error_beside_it(scale, bias, tmp_path, capsys):
+    """3 * 0.3 - 0.9 is -1.1e-16, no success; 3 * 0.1 - 0.3 is 5.6e-17, refused as more than 0."""
+    path = write_dataset(tmp_path / "data.npz", rewards=np.where(np.arange(40) == 39, 3.0, 0.0))
+    buffer = envs.load_dataset("pointmaze-umaze-play", path, scale, bias, sparse=True)
+    assert buffer.rewards[39] == 0 and buffer.masks[39] == 0 and "no success" not in capsys.readouterr().err
+
+
+def test_a_discount_that_is_advised_is_one_that_runs(tmp_path, capsys):
+    """1 for a success 5000 steps away, which --discount does not take."""
+    rows = np.arange(5000)
+    arrays = dict(observations=np.zeros((5000, 4)), actions=np.zeros((5000, 2)), rewards=rows == 4999)
+    arrays |= dict(terminals=rows == 4999, timeouts=np.zeros(5000))
+    np.savez(tmp_path / "data.npz", **{name: array.astype(np.float32) for name, array in arrays.items()})
+    envs.load_dataset("pointmaze-umaze-play", tmp_path / "data.npz", 1.0, -1.0, 0.99, True)
+    assert "expected about 0.9991" in capsys.readouterr().err
 
 
 def test_sparse_steps_cost(tmp_path):
@@ -483,4 +501,4 @@ def test_a_discount_too_small_for_the_way_to_success(discount, warned, tmp_path,
     path = write_dataset(tmp_path / "data.npz")
     envs.load_dataset("pointmaze-umaze-play", path, 1.0, -1.0, discount, True)
     stderr = capsys.readouterr().err
-    assert ("--discount 0.88: success 40 steps away" in stderr and "expected about 0.892" in stderr) == warned
+    assert ("--discount 0.88: success 40 steps away" in stderr and "expected about 0.8913" in stderr) == warned

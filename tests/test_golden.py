@@ -193,12 +193,10 @@ def test_ddpm_network_sampling_chain_and_loss(golden, monkeypatch):
     monkeypatch.setattr(common, "seeded_normal", lambda shape, seeds, device: tensor(noise).reshape(shape))
     close(target.sample(tensor(data["obs"]), 3), data["samples"])
 
-    loss = policy.loss(
-        tensor(data["loss_obs"]),
-        tensor(data["loss_actions"]),
-        tensor(data["loss_t"]).reshape(-1, 1).long(),
-        tensor(data["loss_noise"]),
-    )
+    steps, noise = tensor(data["loss_t"]).reshape(-1, 1).long(), tensor(data["loss_noise"])
+    monkeypatch.setattr(torch, "randint", lambda high, size, device: steps.view(size))
+    monkeypatch.setattr(torch, "randn_like", lambda actions: noise.view(actions.shape))
+    loss = policy.loss(tensor(data["loss_obs"]), tensor(data["loss_actions"]))
     loss.backward()
     close(loss, data["loss_mean"])
     for name, parameter in policy.named_parameters():

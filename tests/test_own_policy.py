@@ -297,7 +297,7 @@ def measure_costs(folder):
             *(f"K {number}: offline", seconds(lambda a=agent, c=cache: a.improve_critic(0, 128, c))),
             *("online, critic", seconds(lambda a=agent: a.improve_critic(0, 128))),
             *("online, distillation", seconds(lambda a=agent: a.distill(128, 1e-4))),
-            *(f"the cache of {len(cache.actions)} states", seconds(agent.cache_samples, 1)),
+            *(f"the cache of {len(cache)} states", seconds(agent.cache_samples, 1)),
         )
 
 

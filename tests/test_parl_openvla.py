@@ -35,7 +35,7 @@ ARGS = parl.Args(
 
 # ---------------------------------------- shared with parl_transformer.py ----------------------------------------
 
-SHARED = ["hl_gauss", "value_range", "rerank", "ascend", "optimize_actions", "choose", "optimization_info"]
+SHARED = ["draw", "hl_gauss", "rerank", "ascend", "optimize_actions", "choose", "optimization_info"]
 SHARED += ["choose_acting", "critic_loss", "move_average", "learning_rate"]
 
 

@@ -164,9 +164,9 @@ def test_a_policy_that_breaks_its_contract_is_named_before_it_trains():
 def test_a_range_of_values_that_cannot_be():
     """Rewards that were not scaled, in a project without envs/; rewards that are all the same."""
     with pytest.raises(common.InputError, match="--sparse-reward: the data pay 1, scaled; expected"):
-        parl.value_range(np.array([0.0, 1.0]), parl.Args(sparse_reward=True, reward_bias=-1.0))
+        common.value_range(np.array([0.0, 1.0]), parl.Args(sparse_reward=True, reward_bias=-1.0))
     with pytest.raises(common.InputError, match=r"every reward \* scale \+ bias is 0, expected success to pay"):
-        parl.value_range(np.zeros(3), parl.Args())
+        common.value_range(np.zeros(3), parl.Args())
 
 
 def test_what_an_environment_pays_is_checked_in_the_first_evaluation(monkeypatch, tmp_path):
@@ -237,7 +237,7 @@ def test_the_range_of_values_knows_steps_from_endless_failures():
     rewards = common.endless_failure(np.array([-1.0, -1.0]), np.array([1.0, 0.0]), 0.99)
     buffer.add_episode(np.zeros((3, 1)), np.zeros((2, 1)), rewards, [1.0, 0.0], [-100, -100])
     args = parl.Args(sparse_reward=True, reward_bias=-1.0)
-    assert parl.value_range(common.step_rewards(buffer, args), args) == (-100, 0)
+    assert common.value_range(common.step_rewards(buffer, args), args) == (-100, 0)
 
 
 def test_a_failed_episode_of_changing_costs_goes_on_at_its_last():

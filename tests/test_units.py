@@ -337,14 +337,14 @@ def test_learning_rate_schedule():
 
 def test_value_range():
     args = make_args(q_min=None, q_max=None, discount=0.99)
-    assert parl.value_range(np.array([-2.0, 3.0]), args) == pytest.approx((-200, 300))
+    assert common.value_range(np.array([-2.0, 3.0]), args) == pytest.approx((-200, 300))
     args.sparse_reward, args.reward_bias = True, -1.0
-    assert parl.value_range(np.array([-1.0, 0.0]), args) == pytest.approx((-100, 0))
-    assert parl.value_range(np.array([]), args) == pytest.approx((-100, 0))
+    assert common.value_range(np.array([-1.0, 0.0]), args) == pytest.approx((-100, 0))
+    assert common.value_range(np.array([]), args) == pytest.approx((-100, 0))
     args.q_min = -7.0
-    assert parl.value_range(np.array([-1.0]), args) == (-7.0, 0)
+    assert common.value_range(np.array([-1.0]), args) == (-7.0, 0)
     with pytest.raises(common.InputError, match="--q-min"):
-        parl.value_range(np.array([]), make_args(q_min=None, q_max=None))
+        common.value_range(np.array([]), make_args(q_min=None, q_max=None))
 
 
 # ---------------------------------------------------------------- policy and cache
@@ -595,15 +595,16 @@ def test_diffusion_draws_a_step_of_its_own_for_every_row(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["diffusion", "transformer"])
-def test_dropout_is_on_while_training_alone(name):
+def test_dropout_is_on_while_training_alone(name, monkeypatch):
     """And its mask is another one in every update."""
     torch.manual_seed(0)
     args = (parl if name == "diffusion" else parl_transformer).Args(width=16, num_layers=1, dropout=0.5)
     policy = (parl.DiffusionPolicy if name == "diffusion" else parl_transformer.TransformerPolicy)(4, 2, args)
     obs, actions = torch.randn(3, 4), torch.zeros(3, 2)
-    draws = dict(steps=torch.ones(3, 1, dtype=torch.long), noise=torch.randn(3, 2)) if name == "diffusion" else {}
-    assert torch.equal(policy.eval().loss(obs, actions, **draws), policy.loss(obs, actions, **draws))
-    assert not torch.equal(policy.train().loss(obs, actions, **draws), policy.loss(obs, actions, **draws))
+    monkeypatch.setattr(torch, "randint", lambda high, size, device: torch.ones(size, dtype=torch.long))
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    assert torch.equal(policy.eval().loss(obs, actions), policy.loss(obs, actions))
+    assert not torch.equal(policy.train().loss(obs, actions), policy.loss(obs, actions))
     seeds = [(0, i) for i in range(3)]
     assert torch.equal(policy.eval().sample(obs, 2, seeds), policy.sample(obs, 2, seeds))
 
@@ -634,15 +635,20 @@ def test_cached_samples_come_from_the_seed_and_leave_the_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second = (parl.SampleCache(policy, states, 2, args).actions for _ in range(2))
+    first, second = (parl.cache_samples(policy, states, 2, args) for _ in range(2))
     assert torch.equal(torch.rand(1), expected)
     assert first.shape == (30, 4, 2) and torch.equal(first, second)
     args.seed = 1
-    assert not torch.equal(parl.SampleCache(policy, states, 2, args).actions, first)
+    assert not torch.equal(parl.cache_samples(policy, states, 2, args), first)
+
+
+def test_a_cache_pays_where_it_fits_and_is_read_often():
+    args = make_args(num_samples=4, batch_size=8, offline_steps=100)
+    assert parl.cache_pays(30, 2, args)
     args.sample_cache_gb = 0.0
-    assert parl.SampleCache(policy, states, 2, args).actions is None  # 0: drawn every time
+    assert not parl.cache_pays(30, 2, args)  # 0: drawn every time
     args.sample_cache_gb, args.offline_steps = 1.0, 1
-    assert parl.SampleCache(policy, states, 2, args).actions is None  # 16 touches do not pay for 30 states
+    assert parl.cache_pays(16, 2, args) and not parl.cache_pays(17, 2, args)  # 16 touches
 
 
 def test_the_cache_gives_a_batch_its_own_samples(monkeypatch):
@@ -653,9 +659,9 @@ def test_the_cache_gives_a_batch_its_own_samples(monkeypatch):
     monkeypatch.setattr(policy, "sample", lambda obs, K, seeds=None: torch.tanh(obs[:, None, :2]).expand(-1, K, -1))
     batch = {"obs": states[rows], "next_obs": states[following], "state_rows": rows, "next_state_rows": following}
     expected = torch.tanh(torch.cat([states[rows], states[following]])[:, None, :2]).expand(6, 4, 2)
-    for gigabytes, tolerance in ((1.0, 1e-3), (0.0, 0)):  # float16, and as drawn
-        args = make_args(num_samples=4, batch_size=8, offline_steps=100, sample_cache_gb=gigabytes)
-        samples = parl.SampleCache(policy, states, 2, args).samples(batch)
+    cache = parl.cache_samples(policy, states, 2, make_args(num_samples=4))
+    for source, tolerance in ((cache, 1e-3), (None, 0)):  # float16, and as drawn
+        samples = parl.draw_samples(policy, batch, 4, source)
         assert samples.dtype == torch.float32
         torch.testing.assert_close(samples, expected, atol=tolerance, rtol=0)
 
