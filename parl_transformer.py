@@ -430,30 +430,25 @@ def optimize_actions(critic, obs, candidates, args, dataset_actions=None):
     return actions, q
 
 
-def choose(actions, q, sample=False):
-    """One of M actions: the best, or a draw from softmax(q). actions (B, M, A), q (B, M) -> (B, A).
+def choose(actions, q, sample=False, seeds=None):
+    """One of M actions: the best, or a draw from softmax(q), row i's by seeds[i].
 
+    actions (B, M, A), q (B, M) -> (B, A).
     NOTE(differs): distillation draws at temperature 1, all else takes the best (as in the released code).
     """
     if sample:
-        q = q - torch.empty_like(q).exponential_().log()  # plus Gumbel noise: its argmax is a draw from softmax(q)
+        noise = common.seeded_normal(q.shape, seeds and [(*seed, 1) for seed in seeds], q.device)
+        q = q - torch.log(-torch.special.log_ndtr(noise))  # plus Gumbel noise: its argmax is a draw from softmax(q)
     return actions[torch.arange(len(q), device=q.device), q.argmax(1)]
 
 
-def choose_acting(actions, q, args, seeds=None):
-    """The one of M actions that acts: the best, or with --act-draw a draw from softmax(q), row i's by seeds[i].
+def act(policy, critic, obs, args, seeds=None):
+    """The action PA-RL takes, an optimised one: obs (B, O) -> (B, A). Without a critic: policy.sample(obs, 1).
 
     NOTE(differs): with --act-draw a draw from softmax(Q) acts (released: the best).
     """
-    if args.act_draw:
-        noise = common.seeded_normal(q.shape, seeds and [(*seed, 1) for seed in seeds], q.device)
-        q = q - torch.log(-torch.special.log_ndtr(noise))  # plus Gumbel noise: log_ndtr gives the log of a uniform
-    return choose(actions, q)
-
-
-def act(policy, critic, obs, args, seeds=None):
-    """The action PA-RL takes, an optimised one: obs (B, O) -> (B, A). Without a critic: policy.sample(obs, 1)."""
-    return choose_acting(*optimize_actions(critic, obs, policy.sample(obs, args.num_samples, seeds), args), args, seeds)
+    candidates = policy.sample(obs, args.num_samples, seeds)
+    return choose(*optimize_actions(critic, obs, candidates, args), args.act_draw, seeds)
 
 
 @torch.no_grad()

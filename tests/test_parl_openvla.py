@@ -36,7 +36,7 @@ ARGS = parl.Args(
 # ---------------------------------------- shared with parl_transformer.py ----------------------------------------
 
 SHARED = ["draw", "hl_gauss", "rerank", "ascend", "optimize_actions", "choose", "optimization_info"]
-SHARED += ["choose_acting", "critic_loss", "move_average", "learning_rate"]
+SHARED += ["critic_loss", "move_average", "learning_rate"]
 
 
 def first_drift(names, get_ours, get_theirs):

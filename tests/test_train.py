@@ -101,8 +101,8 @@ def spied_run(script, directory, *flags):
              actions=actions, lr=lr)  # fmt: skip
         return update_policy(policy, average, optimizer, obs, actions, lr, args)
 
-    def spy_choose(actions, q, sample=False):
-        chosen = choose(actions, q, sample)
+    def spy_choose(actions, q, sample=False, seeds=None):
+        chosen = choose(actions, q, sample, seeds)
         note("choose", sample=sample, chosen=chosen)
         return chosen
 

@@ -138,58 +138,47 @@ def test_actions_stay_in_bounds():
 
 
 def test_choose_takes_the_best_and_draws_from_softmax():
-    """Three candidates of probability 1/6, 2/6, 3/6: with two, noise of the wrong sign would draw the same."""
-    actions = torch.tensor([[[1.0], [2.0], [3.0]]]).expand(40_000, 3, 1)
-    q = torch.tensor([1.0, 2.0, 3.0]).log().expand(40_000, 3)
-    assert (parl.choose(actions, q) == 3.0).all()
-    torch.manual_seed(0)
-    drawn = parl.choose(actions, q, sample=True)
-    for value, probability in ((1.0, 1 / 6), (2.0, 2 / 6), (3.0, 3 / 6)):
-        assert abs((drawn == value).float().mean() - probability) < 0.01
-
-
-def test_what_acts_is_the_best_or_a_draw():
-    """Of probabilities 1/6, 2/6, 3/6, with seeds and with torch's generator; noise of the wrong sign would draw
+    """Draws of probabilities 1/6, 2/6, 3/6, with seeds and with torch's generator; noise of the wrong sign would draw
     others. A state's draw follows from its seed alone, and is not that of the samples."""
     num = 20_000
     actions = torch.tensor([[[1.0], [2.0], [3.0]]]).expand(num, 3, 1)
     q = torch.tensor([1.0, 2.0, 3.0]).log().expand(num, 3)
     seeds = [(7, step) for step in range(num)]
-    assert (parl.choose_acting(actions, q, make_args(), seeds) == 3.0).all()
-    args = make_args(act_draw=True)
+    assert (parl.choose(actions, q) == 3.0).all() and (parl.choose(actions, q, False, seeds) == 3.0).all()
     torch.manual_seed(0)
     for given in (seeds, None):
-        drawn = parl.choose_acting(actions, q, args, given)
+        drawn = parl.choose(actions, q, True, given)
         for value, probability in ((1.0, 1 / 6), (2.0, 2 / 6), (3.0, 3 / 6)):
             assert abs((drawn == value).float().mean() - probability) < 0.015
-    some = parl.choose_acting(actions[:9], q[:9], args, seeds[:9])
-    assert torch.equal(some, parl.choose_acting(actions, q, args, seeds)[:9])
+    some = parl.choose(actions[:9], q[:9], True, seeds[:9])
+    assert torch.equal(some, parl.choose(actions, q, True, seeds)[:9])
     level = torch.zeros(1000, 3)  # noise that the samples were made of would be taken again
     first = torch.stack([common.seeded_normal((1, 3), [seed])[0].argmax() for seed in seeds[:1000]])
-    drawn = parl.choose_acting(actions[:1000], level, args, seeds[:1000])[:, 0] - 1
+    drawn = parl.choose(actions[:1000], level, True, seeds[:1000])[:, 0] - 1
     assert abs((drawn == first).float().mean() - 1 / 3) < 0.06
 
 
-def test_act_takes_what_choose_acting_takes(monkeypatch):
-    """In act alone: the TD target, the CQL actions and distillation are not chosen so."""
+@pytest.mark.parametrize("act_draw", [False, True])
+def test_what_acts_is_the_best_or_a_draw(act_draw, monkeypatch):
+    """By --act-draw, and by the seeds. It is no matter of the TD target's and the CQL actions."""
     calls = []
 
-    def choose_acting(actions, q, args, seeds):
-        calls.append((actions.shape, seeds))
+    def choose(actions, q, *how):
+        calls.append((actions.shape, *how))
         return actions[:, 1]
 
-    monkeypatch.setattr(parl, "choose_acting", choose_acting)
-    args = make_args(act_draw=True, num_samples=4, num_keep=3)
+    monkeypatch.setattr(parl, "choose", choose)
+    args = make_args(act_draw=act_draw, num_samples=4, num_keep=3)
     policy, critic = parl.DiffusionPolicy(4, 2, args).eval(), parl.Critic(4, 2, args)
     obs = torch.randn(5, 4)
     seeds = [(index,) for index in range(5)]
     actions, _ = parl.optimize_actions(critic, obs, policy.sample(obs, 4, seeds), args)
     assert torch.equal(parl.act(policy, critic, obs, args, seeds), actions[:, 1])
-    assert calls == [((5, 3, 2), seeds)]
+    assert calls == [((5, 3, 2), act_draw, seeds)]
     batch = batch_of(5)
     optimizer = torch.optim.Adam(critic.parameters())
     parl.update_critic(critic, copy.deepcopy(critic), optimizer, batch, torch.zeros(10, 4, 2), args)
-    assert len(calls) == 1
+    assert calls[1:] == [((10, 3, 2),)]  # the best
 
 
 def test_optimization_info_by_hand():
