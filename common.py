@@ -21,6 +21,7 @@ import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -1058,6 +1059,15 @@ def run_directory(args, script):
             return directory
 
 
+def commit():
+    """The git commit of this file, marked where files are changed; "" where there is none."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def begin(run, args):
     """Make the run's folder with config.json, metrics.csv and a checkpoint, or go on in it; print the flags."""
     directory, checkpoint, command = run.directory, run.checkpoint, sys.argv[1:]
@@ -1070,7 +1080,8 @@ def begin(run, args):
         if checkpoint.path.exists():
             raise InputError(f"--run-dir {directory}: holds a run; expected a new folder, or --resume to go on")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium")}
-    config = {**vars(args), **checkpoint.identity, "python": sys.version.split()[0], **versions, "command": command}
+    versions |= {"python": sys.version.split()[0], "commit": commit()}
+    config = {**vars(args), **checkpoint.identity, **versions, "command": command}
     config |= {"dataset_note": run.log.note} if run.log.note else {}
     flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items())
     print(textwrap.fill(flags, 118, break_on_hyphens=False), flush=True)
@@ -1202,8 +1213,9 @@ def parse(command, args_class, presets, description):
         defaults = resumed_flags(given.resume, args_class)
     else:
         defaults = {"env_id": given.env_id}
-        if given.preset or family(given.env_id) in presets:
-            defaults |= preset_flags(given.preset or family(given.env_id), presets, args_class)
+        name = family(given.env_id) if given.preset is None else given.preset
+        if given.preset is not None or name in presets:
+            defaults |= preset_flags(name, presets, args_class)
     if given.online_steps or given.online_episodes:  # one that is given replaces the preset's other
         defaults |= {"online_steps": None, "online_episodes": None}
     args = tyro.cli(args_class, args=command, default=args_class(**defaults), description=description)
@@ -1217,7 +1229,7 @@ def parse(command, args_class, presets, description):
 def preset_flags(name, presets, args_class):
     """Of the preset `name` what args_class has: presets name flags of several policies. Raises InputError."""
     if name not in presets:
-        raise InputError(f"--preset {name}: expected one of {', '.join(presets) or 'none'}")
+        raise InputError(f"--preset {name or '(empty)'}: expected one of {', '.join(presets) or 'none'}")
     names = {field.name for field in dataclasses.fields(args_class)}
     return {"preset": name} | {flag: value for flag, value in presets[name].items() if flag in names}
 

@@ -147,6 +147,7 @@ PRESETS = {
     ),
     "antmaze": ANTMAZE,
     "minari_maze": ANTMAZE,
+    "paper": {},  # the defaults of Args alone, where a family has a preset; what its rewards need is to be given
     "antmaze_paper": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
     # NOTE(differs): kitchen's values reach down to -400, what its rewards can add up to (released: -100).
     "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),  # pays 0 to 4 per step; the paper's sizes

@@ -41,7 +41,7 @@ QUANTITIES = {  # title: (column of metrics.csv, scale)
 PHASES = {"start": "start", "bc": "cloning", "offline": "offline RL", "distill": "distillation", "online": "online"}
 NOT_LEARNING = {  # in what the runs of a group may differ
     *("seed", "device", "num_threads", "compile", "log_every", "eval_only", "capture_video"),
-    *("track", "wandb_project", "wandb_entity", "python", "torch", "numpy", "gymnasium"),
+    *("track", "wandb_project", "wandb_entity", "python", "torch", "numpy", "gymnasium", "commit"),
     *("run_dir", "resume", "command"),
     *("dataset_path", "dataset_note"),  # a dataset is known by its dataset_sha256, wherever it lies
 }
@@ -79,7 +79,7 @@ def describe(values, num_episodes=0):
     values = np.array([value for value in values if not np.isnan(value)])
     stats = {"n": len(values), "mean": values.mean()}
     if len(values) >= 2:
-        stats["sd"] = values.std(ddof=1)
+        stats["sd"] = values.std(ddof=1) if np.ptp(values) else 0.0  # not a rounding error
         stats["low"], stats["high"] = bootstrap(values, lambda resamples: resamples.mean(-1))
     elif num_episodes:
         stats["low"], stats["high"] = 100 * wilson(values[0] / 100, num_episodes)
@@ -122,6 +122,11 @@ class Run:
         ended = phase == "start" or any(limit is not None and done >= limit for done, limit in flags)
         return None if ended else phase
 
+    def is_stopped_before_online(self):
+        """Has it ended the phases that it began, and is to go online still?"""
+        is_offline = 0 in (self.config.get("online_steps", 0), self.config.get("online_episodes", 0))
+        return bool(self.rows) and not (is_offline or self.unfinished() or "online" in self.phases())
+
     def finals(self):
         """{phase: its last row, with the columns of its last evaluation} of each phase that the run ended."""
         finals = {}
@@ -147,13 +152,29 @@ def read_run(directory):
             raise InputError(f"{directory}: no {path.name} there; expected the directory of a run")
     try:
         run = Run(read_metrics(metrics), json.loads(config.read_text()), str(directory))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a line of metrics.csv was cut off
         raise InputError(f"{directory}: these are not the files of a run ({error})") from error
     if missing := {"env_id", "seed", "num_eval_episodes"} - set(run.config):
         raise InputError(
             f"{directory}: config.json has no {', '.join(sorted(missing))}; expected those of a run's flags"
         )
     return run
+
+
+def runs_in(directories):
+    """The Runs of these directories. One that is none, as of a run that failed at its flags, is left out, said on
+    stderr. Raises InputError where all are."""
+    runs, reasons = [], []
+    for directory in dict.fromkeys(map(Path, directories)):
+        try:
+            runs.append(read_run(directory))
+        except InputError as error:
+            reasons.append(str(error))
+    if not runs:
+        raise InputError("; ".join(reasons))
+    for reason in reasons:
+        print(f"warning: left out: {reason}", file=sys.stderr)
+    return runs
 
 
 def learning_flags(config):
@@ -167,7 +188,7 @@ def learning_flags(config):
 def group_runs(directories):
     """The Groups of these runs. Raises InputError for two runs of the same flags and seed."""
     groups = {}
-    for run in map(read_run, dict.fromkeys(Path(directory) for directory in directories)):
+    for run in runs_in(directories):
         flags, seed = learning_flags(run.config), run.config["seed"]
         key = frozenset((name, value_text(name, flags)) for name in flags)
         runs = groups.setdefault(key, Group(flags, {})).runs
@@ -243,7 +264,10 @@ def markdown(header, rows):
 
 def number(value, digits=3):
     """Rounded to so many digits, a larger one to the integer."""
-    return "-" if math.isnan(value) else f"{value:.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    if math.isnan(value):
+        return "-"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{value:.0f}" if abs(rounded) >= 10**digits else f"{rounded:.{digits}g}"
 
 
 def group_table(rows):
@@ -261,13 +285,13 @@ def group_table(rows):
 
 
 def headlines(summary):
-    """The quantities that tell how good a policy is: D4RL's score and success, or return where nothing succeeds."""
-    means = {row["quantity"].partition(": ")[2]: 0 for row in summary}
-    for row in summary:
-        means[row["quantity"].partition(": ")[2]] += abs(row["stats"]["mean"])
-    if "normalised score" in means:
+    """The quantities that tell how good a policy is: success, beside it D4RL's score, or return where it tells nothing,
+    for none succeeds or all do."""
+    names = {row["quantity"].partition(": ")[2] for row in summary}
+    if "normalised score" in names:
         return ["normalised score", "success %"]
-    return ["success %"] if means.get("success %") else ["return"]
+    success = {row["stats"]["mean"] for row in summary if row["quantity"].endswith("success %")}
+    return ["success %"] if success - {0, 100} else [name for name in ("return", "success %") if name in names]
 
 
 def phase_table(groups, summary, quantity):
@@ -319,6 +343,11 @@ def document(groups, summary):
                 parts += [f"{run.directory} has no rows yet."]
             if phase := run.unfinished():
                 parts += [f"{run.directory} has not ended {PHASES.get(phase, phase)}, which is left out."]
+            elif run.is_stopped_before_online():
+                parts += [f"{run.directory} has not begun online fine-tuning."]
+        commits = sorted({run.config.get("commit") or "unknown" for run in group.runs.values()})
+        if len(commits) > 1:
+            parts += [f"These runs are of different commits: {', '.join(commits)}."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -397,7 +426,7 @@ def draw_finals(axis, groups, summary, quantity):
 
 def plot_groups(groups, summary, path):
     """Final values of all groups, and below them the curves of each."""
-    quantity, num_columns = headlines(summary)[0], min(2, len(groups))
+    quantity, num_columns = [*headlines(summary), "success %"][0], min(2, len(groups))
     num_rows = math.ceil(len(groups) / num_columns)
     heights = 1.2 + 0.6 * len(groups), 0.4 + 3 * num_rows
     figure = matplotlib.figure.Figure(figsize=(10, sum(heights)), layout="constrained")

@@ -4,18 +4,20 @@
 #   bash benchmark/run.sh FILE [processes, default: all cores] [--seeds 0-4] [--sweep cql_weight=0.01,0.1]
 #
 # A line of FILE is a name, a script and its flags, after --num-eval-episodes 100 and --num-threads. With --seeds (0-4, or
-# 0,3,7-9) a line is run once per seed, as NAME-SEED; with --sweep once per value of that flag, as NAME-cql_weight_0.01;
-# with both as NAME-cql_weight_0.01-SEED.
+# 0,3,7-9) a line is run once per seed, as NAME-SEED; with --sweep once per value of that flag, as NAME-cql_weight_0.01
+# (act_draw=True,False: with and without it); with both as NAME-cql_weight_0.01-SEED. {seed} in a line is the seed, as in
+# --policy-checkpoint runs/clone-{seed}/checkpoint.pt.
 #
 # A run lands in runs/NAME, what it prints in runs/NAME/log.txt and, once it has finished, its metrics in
-# benchmark/results/NAME.csv. The same command again runs what has not finished: a run that was stopped (exit status 143
-# after SIGTERM, 130 after Ctrl-C) goes on where it was. Exits with 0 when all have finished.
+# benchmark/results/NAME.csv. Where that file is there the run counts as finished, whatever its flags were, and is not run
+# again. The same command again runs what has not finished: a run that was stopped (exit status 143 after SIGTERM, 130
+# after Ctrl-C) goes on where it was. Exits with 0 when all have finished.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-file='' processes=$(nproc) seeds=('') flag='' values=('')
+cores=$(env -u OMP_NUM_THREADS nproc)
+file='' processes=$cores seeds=('') flag='' values=('')
 while [ $# -gt 0 ]; do
   case $1 in
     --seeds)
@@ -26,21 +28,29 @@ while [ $# -gt 0 ]; do
       shift ;;
     --sweep)
       [[ ${2-} == ?*=?* ]] || fail "--sweep: expected a flag and its values, as cql_weight=0.01,0.1"
+      [ -z "$flag" ] || fail "--sweep $2: expected one flag"
       flag=${2%%=*}; IFS=, read -ra values <<<"${2#*=}"; shift ;;
     -*) fail "$1: expected --seeds or --sweep" ;;
-    *) if [ -z "$file" ]; then file=$1; else processes=$1; fi ;;
+    *) if [ -z "$file" ]; then file=$(realpath -- "$1"); else processes=$1; fi ;;
   esac
   shift
 done
 [ -f "$file" ] || fail "'$file' is not a file of experiments"
+[[ $processes =~ ^[1-9][0-9]*$ ]] || fail "$processes processes: expected a number"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 expand() {  # the lines of the file, one for each value and seed
-  grep -Ev '^(#|[[:space:]]*$)' "$file" | while read -r name script flags; do
+  { grep -Ev '^(#|[[:space:]]*$)' "$file" || true; } | while read -r name script flags; do
     [[ -z ${seeds[0]} || "$flags " != *--seed[\ =]* ]] || fail "$name has a --seed; expected none with --seeds"
     for value in "${values[@]}"; do
       for seed in "${seeds[@]}"; do
-        echo "$name${value:+-${flag}_${value//\//-}}${seed:+-$seed} $script $flags" \
-          "${value:+--${flag//_/-} $value}" "${seed:+--seed $seed}"
+        case $value in
+          '') given='' ;;
+          True) given=--${flag//_/-} ;;
+          False) given=--no-${flag//_/-} ;;
+          *) given="--${flag//_/-} $value" ;;
+        esac
+        echo "$name${value:+-${flag}_${value//[\/ ]/-}}${seed:+-$seed} $script ${flags//\{seed\}/$seed} $given ${seed:+--seed $seed}"
       done
     done
   done
@@ -49,7 +59,10 @@ expand() {  # the lines of the file, one for each value and seed
 one() {
   local name=$1 script=$2 status=0
   shift 2
-  [ ! -e "benchmark/results/$name.csv" ] || return 0
+  if [ -e "benchmark/results/$name.csv" ]; then
+    echo "$name is not run again: benchmark/results/$name.csv is there"
+    return 0
+  fi
   mkdir -p "runs/$name"
   python "$script.py" --num-eval-episodes 100 --num-threads "$threads" --run-dir "runs/$name" "$@" \
     >>"runs/$name/log.txt" 2>&1 || status=$?
@@ -61,8 +74,11 @@ one() {
 }
 
 mkdir -p benchmark/results
-export threads=$(($(nproc) > processes ? $(nproc) / processes : 1))
+export threads=$((cores > processes ? cores / processes : 1))
 export -f one
 lines=$(expand)
+[ -n "$lines" ] || fail "$file has no experiments"
+twice=$(cut -d ' ' -f 1 <<<"$lines" | sort | uniq -d)
+[ -z "$twice" ] || fail "$file: two experiments of the name ${twice//$'\n'/, }"
 # shellcheck disable=SC2016  # each bash expands its line, which may have quotes and variables
 tr '\n' '\0' <<<"$lines" | xargs -0 -n 1 -P "$processes" bash -c 'eval "one $0"'

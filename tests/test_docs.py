@@ -138,7 +138,7 @@ def test_every_name_in_code_exists(page):
 def test_every_flag_exists(page):
     known = {"help", "index-url", "no-deps", "nproc-per-node", "max-restarts", "check"}  # of tyro, pip, torchrun, ruff
     known |= {"repeats", "growth", "start", "seeds", "sweep", "out"}  # of programs in benchmark/
-    known |= {"gres", "cpus-per-task", "mem", "time", "signal", "requeue", "output", "open-mode"}  # of sbatch
+    known |= {"gres", "cpus-per-task", "mem", "time", "signal", "array", "requeue", "output", "open-mode"}  # of sbatch
     for script in SCRIPTS:
         known |= {field.name.replace("_", "-") for field in dataclasses.fields(importlib.import_module(script).Args)}
     given = set(re.findall(r"(?<![\w-])--([a-z][a-z-]*)", page.read_text()))

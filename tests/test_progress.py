@@ -122,9 +122,10 @@ def test_only_a_run_that_was_told_to_stop_is_queued_again(status, tmp_path):
     for name, ends in (("srun", f"exit {status}"), ("scontrol", "")):
         (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{tmp_path}/log\n{ends}\n')
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "3"}
     (tmp_path / "parl.sh").write_text(script)
     assert subprocess.run(["bash", tmp_path / "parl.sh"], env=environment).returncode == status
     run, *after = (tmp_path / "log").read_text().splitlines()
-    assert run.startswith("srun python parl_diffusion.py ") and "--run-dir" in run
+    assert run.startswith("srun --cpus-per-task=4 python parl_diffusion.py ")
+    assert run.endswith(" --seed 3 --run-dir runs/antmaze-3")
     assert after == ["scontrol requeue 77"] * (status == 143)

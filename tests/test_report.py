@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -188,7 +189,15 @@ def test_the_same_run_twice_is_not_two_samples(make_run):
 
 def test_the_names_of_flags_and_columns_are_those_of_common():
     flags = {field.name for field in dataclasses.fields(common.RunArgs)}
-    written = {"command", "python", "torch", "numpy", "gymnasium", "dataset_note"}  # into config.json, by `begin`
+    written = {
+        "command",
+        "commit",
+        "python",
+        "torch",
+        "numpy",
+        "gymnasium",
+        "dataset_note",
+    }  # into config.json, by `begin`
     assert flags | written >= report.NOT_LEARNING
     assert {column for column, _ in report.QUANTITIES.values()} <= set(common.COLUMNS)
 
@@ -321,6 +330,56 @@ def test_returns_are_shown_where_nothing_succeeds(make_run):
     groups = report.group_runs([make_run("a-0", metrics, offline_steps=0, online_steps=0)])
     text = report.document(groups, report.summarise(groups))
     assert table(text, "Return after each phase")[1] == [groups[0].name, "1", "-1235"]
+    assert table(text, "Success % after each phase")[1] == [groups[0].name, "1", "0"]
+
+
+def test_returns_are_shown_where_all_succeed(make_run):
+    """A dense task in which any end with a positive reward counts as a success."""
+    metrics = [row("bc", 100, 1.0, eval__policy_return=999.7)]
+    groups = report.group_runs([make_run("a-0", metrics, offline_steps=0, online_steps=0)])
+    text = report.document(groups, report.summarise(groups))
+    assert table(text, "Return after each phase")[1] == [groups[0].name, "1", "1000"]
+
+
+def test_numbers():
+    values = {999.7: "1000", -999.6: "-1000", 99.96: "100", 12.34: "12.3", 0.0: "0", 1e-5: "1e-05", 12345.6: "12346"}
+    assert {value: report.number(value) for value in values} == values
+    assert report.number(99.6, 2) == "100" and report.number(math.nan) == "-"
+    assert report.describe([0.1] * 3)["sd"] == 0  # not 1.7e-17
+
+
+def test_a_run_that_failed_at_its_flags_is_left_out(make_run, tmp_path, capsys):
+    """It ended the whole table."""
+    (tmp_path / "failed-9").mkdir()
+    (tmp_path / "failed-9" / "log.txt").write_text("error: --preset nope")
+    groups = report.group_runs([make_run("a-0", rows()), tmp_path / "failed-9"])
+    assert [*groups[0].runs] == [0]
+    assert re.fullmatch(r"warning: left out: .*failed-9: no config.json there; expected .*\n", capsys.readouterr().err)
+
+
+def test_a_cut_line_is_no_traceback(make_run):
+    run = make_run("a-0", rows())
+    (run / "metrics.csv").write_text((run / "metrics.csv").read_text().rsplit(",", 12)[0])
+    with pytest.raises(common.InputError, match=r"a-0: these are not the files of a run"):
+        report.group_runs([run])
+
+
+def test_a_run_that_is_to_go_online_is_told(make_run):
+    """Stopped in the first online episode it looks like one of offline RL alone."""
+    metrics = [row("bc", 100, 0.4), row("offline", 150, 0.4, 0.6)]
+    runs = [make_run("a-0", metrics), make_run("b-0", metrics, online_steps=0), make_run("c-0", rows())]
+    for run, expected in zip(runs, (True, False, False), strict=True):
+        groups = report.group_runs([run])
+        assert ("has not begun online" in report.document(groups, report.summarise(groups))) == expected
+
+
+def test_runs_of_several_commits_are_told(make_run):
+    same = [make_run(f"a-{seed}", rows(), commit="abc") for seed in range(2)]
+    groups = report.group_runs(same)
+    assert "commits" not in report.document(groups, report.summarise(groups))
+    (group,) = groups = report.group_runs([*same, make_run("a-2", rows(), commit="def-dirty")])
+    assert len(group.runs) == 3
+    assert "of different commits: abc, def-dirty." in report.document(groups, report.summarise(groups))
 
 
 def test_markdown_csv_and_plot_are_written(make_run, tmp_path, capsys, monkeypatch):
@@ -377,7 +436,8 @@ def run_sh(tmp_path):
         (tmp_path / "file.txt").write_text(lines)
         command = ["bash", str(tmp_path / "benchmark" / "run.sh"), "file.txt", *arguments]
         path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-        result = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=60)
+        where = dict(cwd=tmp_path, env=os.environ | {"PATH": path})
+        result = subprocess.run(command, **where, capture_output=True, text=True, timeout=60)
         calls = (tmp_path / "calls.txt").read_text().splitlines() if (tmp_path / "calls.txt").exists() else []
         return result, calls, sorted(path.stem for path in (tmp_path / "benchmark" / "results").glob("*.csv"))
 
@@ -423,6 +483,16 @@ def test_run_sh_goes_on_with_a_stopped_run(status, run_sh):
     result, calls, results = run_sh(lines, "1")
     assert result.returncode == 0 and results == ["a", "b"]
     assert [call.split()[0] for call in calls] == ["a", "b", "a"] and calls[0] == calls[2]
+    assert result.stdout == "b is not run again: benchmark/results/b.csv is there\n"
+
+
+def test_run_sh_sweeps_lists_switches_and_clones(run_sh):
+    lines = "a stub --policy-checkpoint runs/clone-{seed}/checkpoint.pt\n"
+    _, calls, _ = run_sh(lines, "1", "--seeds", "4", "--sweep", "hidden_dims=128 128,64")
+    assert [call.split()[0] for call in calls] == ["a-hidden_dims_128-128-4", "a-hidden_dims_64-4"]
+    assert calls[0].endswith(" --policy-checkpoint runs/clone-4/checkpoint.pt --hidden-dims 128 128 --seed 4")
+    _, calls, _ = run_sh("b stub\n", "1", "--sweep", "act_draw=True,False")
+    assert [call.split()[-1] for call in calls[2:]] == ["--act-draw", "--no-act-draw"]
 
 
 @pytest.mark.parametrize(
@@ -433,8 +503,20 @@ def test_run_sh_goes_on_with_a_stopped_run(status, run_sh):
         (["--sweep", "cql_weight"], "--sweep: expected a flag and its values"),
         (["--seed", "3"], "--seed: expected --seeds or --sweep"),
         (["--seeds", "0"], "a has a --seed; expected none with --seeds"),
+        (["--sweep", "a=1", "--sweep", "b=2"], "--sweep b=2: expected one flag"),
+        (["0"], "0 processes: expected a number"),
+        (["two"], "two processes: expected a number"),
     ],
 )
 def test_run_sh_says_what_it_expected(arguments, message, run_sh):
     result, calls, _ = run_sh("b stub\na stub --seed 1\n", *arguments)
+    assert result.returncode == 2 and message in result.stderr and calls == []
+
+
+@pytest.mark.parametrize(
+    "lines, message", [("a stub\na stub --x 1\n", "two experiments of the name a"), ("# a\n", "no exp")]
+)
+def test_run_sh_refuses_a_file(lines, message, run_sh):
+    """The second of two with one name was not run, and nothing said so."""
+    result, calls, _ = run_sh(lines)
     assert result.returncode == 2 and message in result.stderr and calls == []

@@ -64,6 +64,7 @@ PRESETS = {
     ),
     "antmaze": ANTMAZE,
     "minari_maze": ANTMAZE,
+    "paper": {},
     "antmaze_paper": dict(sparse_reward=True, reward_bias=-1.0, hidden_dims=(256, 256, 256, 256)),
     "kitchen": dict(reward_bias=-4.0, q_min=-400.0, q_max=0.0),
 }  # fmt: skip
@@ -100,11 +101,17 @@ def test_a_preset_by_name(script):
     assert (maze.preset, maze.discount, maze.sparse_reward) == ("pointmaze_large", 0.98, True)
     other = parsed(script, "--env-id", "pointmaze-medium-play", "--preset", "metaworld")  # replaces the family's
     assert (other.preset, other.discount) == ("metaworld", 0.99)
+    paper = parsed(script, "--env-id", "cube-single-play-singletask-task1-v0", "--preset", "paper")
+    assert (paper.preset, paper.num_samples, paper.sparse_reward) == ("paper", 32, False)
 
 
 def test_a_preset_that_is_not_there():
     with pytest.raises(common.InputError, match=r"^--preset large: expected one of small, pointmaze, .*kitchen$"):
         parsed("parl_gaussian", "--preset", "large")
+    with pytest.raises(
+        common.InputError, match=r"^--preset \(empty\): expected one of small"
+    ):  # was the family's, unsaid
+        parsed("parl_gaussian", "--preset", "")
     with pytest.raises(common.InputError, match=r"^--preset minari: expected one of small"):  # a family without one
         parsed("parl_gaussian", "--preset", "minari")
     for presets, there in (({}, "none"), (parl_openvla.PRESETS, "metaworld")):
