@@ -158,7 +158,8 @@ def endless_failure(rewards, masks, discount):
 def scaled_rewards(episode, args):
     """reward * scale + bias (L,) of an episode with raw rewards (L,) and success. Raises InputError where
     --sparse-reward and not success alone, which ends the episode, pays 0."""
-    rewards = (np.asarray(episode["rewards"]) * args.reward_scale + args.reward_bias).round(6)
+    rewards = np.asarray(episode["rewards"]) * args.reward_scale + args.reward_bias
+    rewards = rewards.round(6) if args.sparse_reward else rewards  # success pays 0, not a rounding error
     is_sparse = rewards[:-1].max(initial=-1) < 0 and rewards[-1] <= 0 and (rewards[-1] == 0) == episode["success"]
     if args.sparse_reward and not is_sparse:
         most, last = rewards[:-1].max(initial=rewards[-1]), rewards[-1]
@@ -185,10 +186,11 @@ def warn_once(message):
 
 
 def step_rewards(buffer, args):
-    """The rewards (N,) that a step can pay, from which the range of values follows: of a sparse task not those of
-    `endless_failure`."""
+    """The rewards (N,) that a step can pay, from which the range of values follows: of an `endless_failure` what one
+    step costs."""
     rewards, masks = buffer.rewards[: len(buffer)], buffer.masks[: len(buffer)]
-    return rewards[(masks > 0) | (rewards >= 0)] if args.sparse_reward else rewards
+    once = (rewards.astype(np.float64) * (1 - args.discount)).round(6)
+    return np.where((masks > 0) | (rewards >= 0), rewards, once) if args.sparse_reward else rewards
 
 
 def value_range(rewards, args):
@@ -199,8 +201,8 @@ def value_range(rewards, args):
         raise InputError("--q-min: expected one; there is no dataset to take what a step costs from")
     if args.sparse_reward and rewards.max(initial=0) > 0:
         raise InputError(f"--sparse-reward: the data pay {rewards.max():g}, scaled; expected success to pay most, 0")
-    if args.sparse_reward:  # success pays 0, also where the data have none; each step costs
-        rewards = np.minimum(np.append(rewards, args.reward_bias), 0.0)
+    if args.sparse_reward:  # success pays 0, also where the data have none; each step costs, without data the bias
+        rewards = np.minimum(rewards if (rewards < 0).any() else np.append(rewards, args.reward_bias), 0.0)
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")
     low, high = (round(float(bound(rewards, initial=0.0)) / (1 - args.discount), 6) for bound in (np.min, np.max))
@@ -266,6 +268,8 @@ class ReplayBuffer:
         NOTE(differs): batches are drawn by a seeded generator, with replacement (released: 34 ms each from 1M rows).
         """
         starts = self.chunk_starts(chunk)
+        if not len(starts):
+            raise InputError(f"--action-chunk {chunk}: no episode has so many steps; expected fewer")
         rows = starts[generator.integers(len(starts), size=batch_size)]
         steps = np.arange(chunk)
         inside = np.minimum(rows[:, None] + steps, self.last_rows[rows, None])  # (B, h): beyond the end, the last step
@@ -278,13 +282,11 @@ class ReplayBuffer:
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def chunk_starts(self, chunk):
-        """The rows at which a chunk can begin, see `sample`. Raises InputError where there are none."""
+        """The rows at which a chunk can begin, see `sample`."""
         if self.starts_of != (chunk, self.num_transitions):
             rows, last_rows = np.arange(self.num_transitions), self.last_rows[: self.num_transitions]
             self.starts = np.flatnonzero((rows + chunk - 1 <= last_rows) | (self.masks[last_rows] == 0))
             self.starts_of = chunk, self.num_transitions
-        if not len(self.starts):
-            raise InputError(f"--action-chunk {chunk}: no episode has so many steps; expected fewer")
         return self.starts
 
     def state_dict(self):
@@ -320,7 +322,7 @@ EVALUATION_SEED = 1_000_000  # evaluation episodes are reset with this and the i
 MOST_ACTION = 1 + 1e-3  # of a policy: 1, but for rounding
 
 
-def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda episode: None):
+def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda episode: None, before_step=lambda: None):
     """One episode per seed, each run to its end; the result does not depend on how many `envs` there are.
 
     act(obs (N, O), keys) -> actions (N, A) in [-1, 1], or chunks of them (N, h * A) that are carried out one step after
@@ -328,8 +330,9 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda e
     Returns, in the order of `seeds`, dicts of observations (L + 1, O), actions (L, A), raw rewards (L,), masks (L,) and
     success (at any step). Observations are float32, or images as they are.
     batch_size: fill up obs to so many rows, for an act() whose rounding depends on their number. on_end(episode):
-    called with each Episode as it ends. Raises FloatingPointError for an observation, reward or action that is not
-    finite, and InputError for an action beyond [-1, 1], before one is sent, and for a step without info["success"].
+    called with each Episode as it ends. before_step(): called before an action is chosen and before it is sent.
+    Raises FloatingPointError for an observation, reward or action that is not finite, and InputError for an action
+    beyond [-1, 1], before one is sent, and for a step without info["success"].
     """
     episodes = [Episode(envs[k % len(envs)], int(seed)) for k, seed in enumerate(seeds)]
     waiting = [deque(episodes[i :: len(envs)]) for i in range(len(envs))]  # who runs what is settled beforehand
@@ -339,6 +342,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda e
             if i not in running and waiting[i]:
                 running[i] = waiting[i].popleft()
                 running[i].reset()
+        before_step()
         if deciding := [episode for episode in running.values() if not episode.plan]:
             obs = stacked([episode.observations[-1] for episode in deciding])
             keys = [(episode.seed, len(episode.actions)) for episode in deciding]
@@ -347,6 +351,7 @@ def run_episodes(envs, act, seeds, batch_size=0, video_dir=None, on_end=lambda e
             for episode, chunk in zip(deciding, actions, strict=False):  # those of the padding are not needed
                 episode.plan.extend(chunk.reshape(-1, *episode.env.action_space.shape))  # (h, A)
         for i, episode in list(running.items()):
+            before_step()
             if episode.step(render=bool(video_dir)):
                 del running[i]
                 on_end(episode)
@@ -454,13 +459,13 @@ def num_envs(args):
     return max(1, min(10, args.num_eval_episodes)) if family(args.env_id) else 1
 
 
-def evaluate(envs, act, num_episodes, prefix="eval/", on_end=lambda episode: None):
+def evaluate(envs, act, num_episodes, prefix="eval/", **callbacks):
     """Means over `num_episodes` fixed seeds: {prefix + success_rate, return, length, steps_to_goal}, the last over
-    successful episodes only and absent where there are none; {} for 0 episodes. envs, act, on_end: `run_episodes`'s."""
+    successful episodes only and absent where there are none; {} for 0 episodes. The rest is `run_episodes`'s."""
     if num_episodes == 0:
         return {}
     batch_size = 10 if len(envs) > 1 else 1  # one robot does not wait for ten states' actions
-    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes), batch_size, on_end=on_end)
+    episodes = run_episodes(envs, act, EVALUATION_SEED + np.arange(num_episodes), batch_size, **callbacks)
     lengths = {success: [len(e["rewards"]) for e in episodes if e["success"] == success] for success in (True, False)}
     means = {"success_rate": len(lengths[True]) / num_episodes, "length": np.mean(lengths[True] + lengths[False])}
     means |= {"return": np.mean([e["rewards"].sum() for e in episodes])}
@@ -471,16 +476,16 @@ def evaluate(envs, act, num_episodes, prefix="eval/", on_end=lambda episode: Non
     return {prefix + name: float(value) for name, value in means.items()}
 
 
-def evaluate_agent(envs, agent, run, args, guard=lambda act: act, check=lambda episode, args: None):
+def evaluate_agent(envs, agent, run, args, before_step=lambda: None, check=lambda episode, args: None):
     """The eval columns of a row: of the raw policy and, once there is a critic, of the optimised one. In offline RL the
     policy is frozen, and its last evaluation counts.
 
-    agent: has act_raw and act, see `run_episodes`; guard(act): what is called in its place; check(episode, args): what
-    raises an error where the rewards and success of an episode do not fit. With --capture-video three episodes are left
-    in the run's folder, of the optimised policy once there is one.
+    agent: has act_raw and act. These and before_step: see `run_episodes`. check(episode, args): what raises an error
+    where the rewards and success of an episode do not fit. With --capture-video three episodes are left in the run's
+    folder, of the optimised policy once there is one.
     """
     counters, number = run.counters, args.num_eval_episodes
-    has_critic = counters.phase != "bc"
+    has_critic = counters.phase not in ("bc", "warmup")
     row = dict(counters.raw) if counters.phase == "offline" else {}
     actors = {} if row else {"eval/policy_": agent.act_raw}
     actors |= {"eval/": agent.act} if has_critic else {}
@@ -491,12 +496,12 @@ def evaluate_agent(envs, agent, run, args, guard=lambda act: act, check=lambda e
 
     with bar("evaluation", "episodes", number * len(actors), leave=False, delay=2) as progress:
         for prefix, act in actors.items():
-            row |= evaluate(envs, guard(act), number, prefix, on_end)
+            row |= evaluate(envs, act, number, prefix, on_end=on_end, before_step=before_step)
     counters.raw = {name: value for name, value in row.items() if name.startswith("eval/policy_")}
     if args.capture_video and number:
         folder = run.directory / "videos" / f"{counters.phase}-{counters.gradient_step}"
-        actor = guard(agent.act if has_critic else agent.act_raw)
-        run_episodes(envs[:3], actor, EVALUATION_SEED + np.arange(3), video_dir=folder)
+        actor = agent.act if has_critic else agent.act_raw
+        run_episodes(envs[:3], actor, EVALUATION_SEED + np.arange(3), video_dir=folder, before_step=before_step)
     return row
 
 
@@ -528,7 +533,7 @@ class Counters:
         self.before, self.is_last = 0, True  # the phase's steps before this one; is it the phase's last?
         self.collected = {}  # the columns of an online episode whose updates are not all done
         self.updated = {}  # and how many of them are
-        self.raw = {}  # what the policy's last evaluation in this process found
+        self.raw = {}  # what the policy's last evaluation found
         self.progress = None  # of the online phase
         clones = args.bc_steps and not args.policy_checkpoint
         self.owes_evaluation = bool(args.num_eval_episodes and not clones)  # of the policy that it starts from
@@ -602,7 +607,7 @@ class Counters:
         return self.is_last or self.before // every < self.done[self.phase] // every
 
     def state_dict(self):
-        state = {name: value for name, value in vars(self).items() if name not in ("args", "progress", "raw")}
+        state = {name: value for name, value in vars(self).items() if name not in ("args", "progress")}
         return state | {"done": dict(self.done), "seconds": dict(self.seconds)}
 
     def load_state_dict(self, state):
@@ -896,6 +901,9 @@ class Checkpoint:
             self.lock()
         fixed = ("policy_checkpoint", "obs_keys", "discount", "reward_scale", "reward_bias", "sparse_reward")
         state = load_checkpoint(self.path, "--resume", self.args, self.identity, fixed, **self.kept)
+        same = dict(resume="", run_dir="")
+        if vars(self.args) | same != state["args"] | same:  # what other flags found does not count with these
+            self.kept["counters"].raw = {}
         self.check_phases(state["args"], self.kept["counters"])
         self.set_generators(state["generators"])
 
@@ -992,16 +1000,10 @@ class StopSignal:
         self.asked = signal.Signals(number).name
         print(f"{self.asked}: stopping after the update in progress; again: at once", file=sys.stderr)
 
-    def before(self, act):
-        """act, see `run_episodes`, but that it leaves where it was asked to stop."""
-
-        def checked(obs, keys):
-            actions = None if self.asked else act(obs, keys)
-            if self.asked:
-                self.leave("; the episode in progress is dropped")
-            return actions
-
-        return checked
+    def check(self):
+        """Leave, in the middle of an episode, where it was asked to: see `run_episodes`, before_step."""
+        if self.asked:
+            self.leave("; the episode in progress is dropped")
 
     def leave(self, dropped=""):
         """Exit with the status of a process that the signal ended: 130 after Ctrl-C, 143 after SIGTERM."""

@@ -528,7 +528,7 @@ def train(args: Args) -> Path:
             if evaluates:
                 counters.owes_evaluation = True
                 checkpoint.save()  # it can take long, and a run that is stopped in it goes on from here
-                row = common.evaluate_agent(eval_envs, agent, run, args, stop.before, common.scaled_rewards)
+                row = common.evaluate_agent(eval_envs, agent, run, args, stop.check, common.scaled_rewards)
                 counters.owes_evaluation = False
             log.write(row)
             checkpoint.save()
@@ -569,13 +569,15 @@ def train(args: Args) -> Path:
         agent.policy_optimizer.state.clear()
         agent.critic_optimizer.state.clear()
     num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
-    explore = stop.before(log.timed("time/act_ms")(agent.explore))  # timed; once a stop is asked for, not called
+    explore = log.timed("time/act_ms")(agent.explore)
     for seed in counters.episodes():
         if not counters.collected:  # else the run was stopped in this episode's updates
-            (episode,) = common.run_episodes([env], explore, [seed])
+            (episode,) = common.run_episodes([env], explore, [seed], before_step=stop.check)
             agent.remember(episode)
             counters.collected = common.episode_columns(episode)
         length = int(counters.collected["train/length"])
+        if not len(agent.online.chunk_starts(args.action_chunk)):
+            length = 0  # no episode so far is as long as a chunk: nothing to learn from yet
         share = len(agent.dataset) / (len(agent.dataset) + len(agent.online)) if args.offline_ratio else 0.0
         first = args.policy_utd * counters.env_step
         for step in counters.updates("distillation", args.policy_utd * length):

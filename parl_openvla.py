@@ -1271,7 +1271,7 @@ def learn(args, at_end, device, generator):
             if evaluates:
                 counters.owes_evaluation = True
                 save()  # it can take long, and a run that is stopped in it goes on from here
-                row = common.evaluate_agent(eval_envs, agent, run, args, guard=stop.before)
+                row = common.evaluate_agent(eval_envs, agent, run, args, before_step=stop.check)
                 counters.owes_evaluation = False
             log.write(row)
             save()
@@ -1289,10 +1289,10 @@ def learn(args, at_end, device, generator):
     for step in counters.steps("bc", 0 if args.policy_checkpoint else args.bc_steps):
         log.add(agent.clone(learning_rate(args.bc_lr, step, args.bc_steps, args, cosine=True)))
         end_update()
-    explore_raw = stop.before(log.timed("time/act_ms")(agent.explore_raw))
+    explore_raw = log.timed("time/act_ms")(agent.explore_raw)
     for index in range(counters.done["warmup"], args.warmup_episodes):
         counters.phase = "warmup"
-        episode = agent.collect(env, explore_raw, common.reset_seed(args.seed, 2, index))
+        episode = agent.collect(env, explore_raw, common.reset_seed(args.seed, 2, index), stop.check)
         counters.done["warmup"] += 1
         log.add(common.episode_columns(episode))
         end_update()
@@ -1318,10 +1318,10 @@ def learn(args, at_end, device, generator):
         agent.critic_optimizer.state.clear()
         agent.store.version = int(args.offline_distill_steps > 0)
     num_distill_steps = args.policy_utd * common.max_env_steps(env, args)
-    explore = stop.before(log.timed("time/act_ms")(agent.explore))
+    explore = log.timed("time/act_ms")(agent.explore)
     for seed in counters.episodes():
         if not counters.collected:  # else the run was stopped in this episode's updates
-            counters.collected = common.episode_columns(agent.collect(env, explore, seed))
+            counters.collected = common.episode_columns(agent.collect(env, explore, seed, stop.check))
             save()  # a robot's episode is dearer than what it costs to keep
         length = int(counters.collected["train/length"])
         share = len(dataset) / (len(dataset) + len(agent.online)) if args.offline_ratio else 0.0
@@ -1451,9 +1451,9 @@ class Agent:
     def explore_raw(self, images, keys):
         return self.policy_ema.sample(self.as_obs(images, keys), 1)[:, 0].cpu().numpy()
 
-    def collect(self, env, act, seed):
-        """An episode, which is added to the online buffer."""
-        (episode,) = common.run_episodes([env], act, [seed])
+    def collect(self, env, act, seed, before_step=lambda: None):
+        """An episode, which is added to the online buffer. act, before_step: see common.run_episodes."""
+        (episode,) = common.run_episodes([env], act, [seed], before_step=before_step)
         paid = episode["rewards"]
         if self.args.sparse_reward:  # success, at the end of the episode, is the only reward
             paid = np.zeros(len(episode["rewards"]), np.float32)
@@ -1680,6 +1680,10 @@ def check(args):
         common.check_flag(args, name, 1)
     if not args.encoder_widths or min(args.encoder_widths) < 1:
         raise InputError(f"--encoder-widths {args.encoder_widths}: expected one or more widths of at least 1")
+    if args.sparse_reward and not (args.reward_bias < 0 and round(args.reward_scale + args.reward_bias, 6) == 0):
+        given = f"--reward-scale {args.reward_scale:g} --reward-bias {args.reward_bias:g}"
+        expected = "expected a bias below 0 of minus the scale, and data that pay 1 at success"
+        raise InputError(f"{given}: with --sparse-reward success pays 1 and all else 0; {expected}")
     if args.unnorm_key and not args.checkpoint:
         raise InputError(f"--unnorm-key {args.unnorm_key}: names statistics of a checkpoint; expected --checkpoint")
     if args.checkpoint and not args.lora_rank and args.dtype != "float32":

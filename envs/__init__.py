@@ -114,7 +114,9 @@ def has_image(space):
 def check_actions(env_id, space):
     """The bounds (low, high) of an action space, each (A,). Raises InputError where they cannot be rescaled."""
     is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.dtype.kind == "f"
-    if not is_vector or not space.is_bounded() or (space.low >= space.high).any():
+    with np.errstate(over="ignore"):
+        is_bounded = is_vector and space.is_bounded() and np.isfinite(space.high - space.low).all()
+    if not is_bounded or (space.low >= space.high).any():
         expected = "expected a bounded Box of one dimension, of floats, low below high"
         raise InputError(f"--env-id {env_id}: its action space is {one_line(space)}; {expected}")
     return space.low, space.high
@@ -135,7 +137,8 @@ class Success(gym.Wrapper):
         self.ends = ends
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
+        space = self.env.action_space  # RescaleAction can miss a bound by a rounding error
+        obs, reward, terminated, truncated, info = self.env.step(np.clip(action, space.low, space.high))
         if np.size(reward) != 1:
             raise InputError(f"--env-id {self.spec.id}: its reward is {one_line(reward)}; expected one number")
         reward = float(np.asarray(reward).item())  # of shape (1,) as well
@@ -205,7 +208,8 @@ def load_dataset(
         raise InputError(f"{error}; {hint}" if hint and not is_own else str(error)) from error
     data["actions"] = 2 * (data["actions"] - low) / (high - low) - 1
     raw_rewards = data["rewards"].astype(np.float64)
-    data["rewards"] = (raw_rewards * reward_scale + reward_bias).round(6)  # as common.scaled_rewards
+    data["rewards"] = raw_rewards * reward_scale + reward_bias
+    data["rewards"] = data["rewards"].round(6) if sparse else data["rewards"]  # as in common.scaled_rewards
     files.check_numbers(data["rewards"], f"--reward-scale {reward_scale} --reward-bias {reward_bias}: reward")
     if sparse:
         files.check_sparse(data["rewards"], reward_scale, reward_bias, path)

@@ -240,7 +240,7 @@ def jumps(data):
     """(N - 1,) how far each row's observation is from the next one of the row before it."""
     rows = (data["observations"][1:], data["next_observations"][:-1])
     following, expected = (part.astype(np.float32, copy=False) for part in rows)  # of one precision
-    return np.linalg.norm((following - expected).reshape(len(following), -1), axis=1)
+    return np.linalg.norm((following - expected).reshape(len(following), math.prod(following.shape[1:])), axis=1)
 
 
 def add_episodes(buffer, data, discount, sparse):
@@ -272,10 +272,10 @@ def describe(data, episodes, raw_rewards, discount, sparse, path):
         f"{mean_return:.4g}"
     )
     low, *others = np.unique(raw_rewards)
-    if not sparse and len(others) == 1:
-        scale = np.ptp(data["rewards"]) / np.ptp(raw_rewards)
-        flags = f"--sparse-reward --reward-bias {0 - scale * others[0]:g}"
-        print(f"dataset {path}: two rewards, {low:g} and {others[0]:g}; where {others[0]:g} is success, pass {flags}")
+    if not sparse and len(others) == 1 and np.ptp(data["rewards"]):
+        best, worst = raw_rewards[data["rewards"].argmax()], raw_rewards[data["rewards"].argmin()]
+        flags = f"--sparse-reward --reward-bias {0 - best * np.ptp(data['rewards']) / (best - worst):g}"
+        print(f"dataset {path}: two rewards, {low:g} and {others[0]:g}; where {best:g} is success, pass {flags}")
     if 2 * len(episodes) > num_steps:
         warn_of_breaks(data, sparse, path)
     length = np.median((stops - starts)[success]) if success.any() else 0

@@ -52,7 +52,10 @@ def read_dataset(env_id, path):
     if path != dataset_file(env_id):
         return files.read_dataset(path)
     dataset = load(env_id)
-    space, bounds, stored, episodes = dataset.observation_space, dataset.action_space, dataset.iterate_episodes(), []
+    env = make(env_id)
+    space, bounds = in_order(dataset.observation_space, env.observation_space), dataset.action_space
+    env.close()
+    stored, episodes = dataset.iterate_episodes(), []
     for index in dataset.episode_indices:
         where = f"{path}: episode {index}"
         try:
@@ -71,6 +74,15 @@ def arrays(space, episode):
     last = np.arange(1, len(states)) == len(episode)
     columns = (states[:-1], episode.actions, episode.rewards, episode.terminations, last, states[1:])
     return dict(zip(files.DATASET_KEYS, columns, strict=True))
+
+
+def in_order(space, like):
+    """`space` with the keys of its Dicts in the order of `like`, the environment's: Minari reads them back sorted."""
+    if isinstance(space, gym.spaces.Dict) and isinstance(like, gym.spaces.Dict) and set(space) == set(like):
+        return gym.spaces.Dict([(key, in_order(space[key], like[key])) for key in like])
+    if isinstance(space, gym.spaces.Tuple) and isinstance(like, gym.spaces.Tuple) and len(space) == len(like):
+        return gym.spaces.Tuple([in_order(*pair) for pair in zip(space, like, strict=True)])
+    return space
 
 
 def flatten(space, values):

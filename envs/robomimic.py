@@ -5,6 +5,7 @@ demonstration, data/demo_N, with actions (L, A), rewards, dones (L,), obs/KEY (L
 that does not, at the end of a demonstration without success, is a time limit.
 """
 
+import math
 import re
 
 import gymnasium as gym
@@ -26,7 +27,8 @@ def has_layout(path):
 
 def demonstrations(file):
     """The groups data/demo_N, in the order of their numbers."""
-    names = [name for name in file["data"] if re.fullmatch(r"demo_\d+", name)]
+    demos = [name for name in file["data"] if re.fullmatch(r"demo_\d+", name)]
+    names = [name for name in demos if file["data"].get(name, getclass=True) is h5py.Group]
     return [file["data"][name] for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
@@ -99,4 +101,4 @@ def end_to_end(parts):
     """Arrays (L, ...) as one, (L, O); a single one of images (L, height, width, 3) as it is."""
     if len(parts) == 1 and parts[0].ndim == 4:
         return parts[0]
-    return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+    return np.concatenate([part.reshape(len(part), math.prod(part.shape[1:])) for part in parts], 1)

@@ -186,6 +186,56 @@ def test_video_shows_every_step(tmp_path, monkeypatch):
     assert len(frames["episode-0.mp4"]) == len(episode["rewards"])
 
 
+def test_a_stop_is_heeded_within_a_chunk():
+    """Commands that a robot still gets after Ctrl-C."""
+    asked, env = [], Corridor()
+
+    def before_step():
+        if len(env.sent) == 3:
+            asked.append(1)
+            raise SystemExit(130)
+
+    with pytest.raises(SystemExit):
+        common.run_episodes([env], lambda obs, keys: np.full((1, 10), 0.1), [0], before_step=before_step)
+    assert len(env.sent) == 3 and asked == [1]
+
+
+class Short(gym.Env):
+    """Cut off after 2 steps in its first episode, after 6 in the others."""
+
+    observation_space = gym.spaces.Box(-9, 9, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        Short.episodes, self.steps = Short.episodes + 1, 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.full(1, self.steps, np.float32), 0.0, False, self.steps == (2 if Short.episodes == 1 else 6), {}
+
+
+gym.register("TestShort-v0", entry_point=f"{__name__}:Short", max_episode_steps=9)
+
+
+def test_online_episodes_shorter_than_a_chunk(tmp_path):
+    """All so far are: there is nothing to learn from yet. It ended the run, and each that went on with it."""
+    rows = np.arange(24)
+    arrays = dict(observations=rows[:, None] % 6, actions=np.zeros((24, 1)), rewards=rows % 6 == 5, terminals=rows < 0)
+    np.savez(tmp_path / "data.npz", timeouts=rows % 6 == 5, **{k: v.astype(np.float32) for k, v in arrays.items()})
+    flags = ["--action-chunk", 3, "--bc-steps", 2, "--offline-steps", 2, "--online-episodes", 3, "--batch-size", 4]
+    flags += ["--num-eval-episodes", 0, "--hidden-dims", 8, "--num-bins", 8, "--width", 8, "--q-min", -1, "--q-max", 1]
+    Short.episodes = 0
+    flags += ["--dataset-path", tmp_path / "data.npz", "--env-id", "TestShort-v0"]
+    run_here("parl_gaussian", *flags, "--run-dir", tmp_path / "run")
+    online = [row for row in common.read_metrics(tmp_path / "run" / "metrics.csv") if row["phase"] == "online"]
+    assert [row["train/length"] for row in online] == [2, 6, 6] and online[-1]["env_step"] == 14
+    assert [row["gradient_step"] for row in online] == [4, 10, 16]
+    assert "critic/loss" not in online[0] and "critic/loss" in online[1]
+
+
 def test_cached_samples_are_those_of_the_state_h_steps_on():
     """The row after a state in place of the one that its chunk ends in."""
 

@@ -180,12 +180,37 @@ def test_families_neither_change_an_action_nor_what_they_returned(env_id):
     assert all((before[i] != before[i + 1]).any() for i in range(3))
 
 
+class Strict(gym.Env):
+    """Asserts that an action is within its bounds, asymmetric ones."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(np.float32([0.12610678, -3.3]), np.float32([1.1117857, 0.7]))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+gym.register("TestStrict-v0", entry_point=f"{__name__}:Strict", max_episode_steps=9)
+
+
+def test_no_action_is_beyond_its_bounds_by_a_rounding_error():
+    env = envs.make("TestStrict-v0")
+    env.reset(seed=0)
+    for action in (np.full(2, -1, np.float32), np.full(2, 1, np.float32)):
+        env.step(action)
+
+
 @pytest.mark.parametrize(
     "space",
     [
         gym.spaces.Box(0, 10, (2,), np.int32),
         gym.spaces.Box(np.float32([-1, 0.5]), np.float32([1, 0.5])),
         gym.spaces.Box(-1, np.inf, (2,)),
+        gym.spaces.Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2,)),  # whose width overflows
         gym.spaces.Box(-1, 1, (2, 2)),
         gym.spaces.Box(np.linspace(-2, -1, 40, dtype=np.float32), np.inf, (40,)),  # several lines when printed
         gym.spaces.Discrete(3),

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import zipfile
+from types import SimpleNamespace
 
 import gymnasium as gym
 import h5py
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from countdown import Countdown
 
+import common
 import envs
 from common import InputError
 from envs import files
@@ -267,6 +269,26 @@ def test_a_discount_that_is_advised_is_one_that_runs(tmp_path, capsys):
     np.savez(tmp_path / "data.npz", **{name: array.astype(np.float32) for name, array in arrays.items()})
     envs.load_dataset("pointmaze-umaze-play", tmp_path / "data.npz", 1.0, -1.0, 0.99, True)
     assert "expected about 0.9991" in capsys.readouterr().err
+
+
+def test_dense_rewards_are_as_small_as_they_are(tmp_path):
+    """Rounded to 6 digits, which is for success alone."""
+    path = write_dataset(tmp_path / "data.npz", rewards=np.full(40, 0.4))
+    buffer = envs.load_dataset("pointmaze-umaze-play", path, 1e-6, 0.0)
+    assert buffer.rewards[:40] == pytest.approx(4e-7)
+    args = SimpleNamespace(reward_scale=1e-6, reward_bias=0.0, sparse_reward=False)
+    assert common.scaled_rewards({"rewards": [0.4], "success": False}, args) == pytest.approx(4e-7)
+
+
+def test_of_two_costs_the_lower_is_success(tmp_path, capsys):
+    path = write_dataset(tmp_path / "data.npz", rewards=np.where(np.arange(40) == 39, 0.0, 1.0))
+    envs.load_dataset("pointmaze-umaze-play", path, -1.0, 0.0)
+    assert "where 0 is success, pass --sparse-reward --reward-bias 0\n" in capsys.readouterr().out
+
+
+def test_a_single_row(tmp_path):
+    path = write_dataset(tmp_path / "data.npz", 1, next_observations=np.ones((1, 4)))
+    assert len(envs.load_dataset("pointmaze-umaze-play", path)) == 1
 
 
 def test_sparse_steps_cost(tmp_path):

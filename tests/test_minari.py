@@ -261,6 +261,34 @@ def test_tuples_are_flattened_as_gymnasium_does(tmp_path, monkeypatch):
     np.testing.assert_array_equal(envs.make("minari:test/pair-v0").reset(seed=0)[0], expected[0])
 
 
+class Unsorted(Pair):
+    """Its keys in an order of their own, which Minari does not keep."""
+
+    observation_space = gym.spaces.Dict(z=gym.spaces.Box(-99, 99, (1,)), a=gym.spaces.Box(-99, 99, (1,)))
+
+    def observe(self):
+        return {"z": np.array([self.t], np.float32), "a": np.array([10 * self.t], np.float32)}
+
+
+gym.register("TestUnsorted-v0", entry_point=f"{__name__}:Unsorted", max_episode_steps=4)
+
+
+def test_keys_stand_as_in_the_environment(tmp_path, monkeypatch):
+    """Columns of the dataset exchanged, without a word."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = gym.make("TestUnsorted-v0")
+    seen = [env.reset(seed=0)[0], *(env.step(np.zeros(1, np.float32))[0] for _ in range(4))]
+    ends = dict(terminations=[False] * 4, truncations=[False] * 3 + [True])
+    stored = {key: [obs[key] for obs in seen] for key in ("z", "a")}
+    buffer = EpisodeBuffer(id=0, observations=stored, actions=[np.zeros(1, np.float32)] * 4, rewards=[0.0] * 4, **ends)
+    minari.create_dataset_from_buffers("test/unsorted-v0", [buffer], env=env, jpeg_encoding=False)
+    expected = [[t, 10 * t] for t in range(5)]
+    np.testing.assert_array_equal(envs.load_dataset("minari:test/unsorted-v0").states[:5], expected)
+    own = envs.make("minari:test/unsorted-v0")
+    own.reset(seed=0)
+    np.testing.assert_array_equal(own.step(np.zeros(1, np.float32))[0], expected[1])
+
+
 MAZE_IDS = {
     "minari:D4RL/antmaze/umaze-v1": True,
     "minari:D4RL/antmaze/large-diverse-v1": True,

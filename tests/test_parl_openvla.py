@@ -485,6 +485,7 @@ BAD = {
     "--env-id pixels:Dot-v0 --instruction "
     + 2100 * "x": r"--instruction '.*: the prompt has \d+ tokens; expected up to",
     "--warmup-episodes 2 --dataset-path x.npz": "--warmup-episodes: .*; expected no --dataset-path",
+    "--reward-scale 0.1": r"--reward-scale 0.1 --reward-bias -1: with --sparse-reward .*; expected a bias",
     "--warmup-episodes 2": "--warmup-episodes: .*; expected --checkpoint or --policy-checkpoint",
     "--warmup-episodes -1": "--warmup-episodes -1: expected at least 0",
     "--encoder-widths 0": r"--encoder-widths \(0,\): expected one or more widths",

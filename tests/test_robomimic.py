@@ -62,6 +62,14 @@ def load(path, obs_keys=KEYS, sparse=True):
     return envs.load_dataset("Grip-v0", path, 1.0, -1.0, 0.5, sparse, obs_keys=obs_keys)
 
 
+def test_what_is_no_demonstration(demos, tmp_path):
+    """One without steps, and an array of such a name: neither ends the reading of the others."""
+    path = write(tmp_path / "a.hdf5", demos | {3: {key: array[:0] for key, array in demos[2].items()}})
+    with h5py.File(path, "a") as file:
+        file["data/demo_5"] = np.zeros(3)
+    assert len(load(path)) == 7
+
+
 def test_demonstrations_by_number_and_keys_in_the_order_given(demos, tmp_path):
     """demo_10 before demo_2, as names sort; keys as they lie in the file; rewards and actions as they are."""
     buffer = load(write(tmp_path / "a.hdf5", demos))

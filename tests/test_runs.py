@@ -218,6 +218,42 @@ def test_signals_save_and_exit_cleanly_others(other, number, finished, monkeypat
     assert_same(load(directory), load(finished(other)))
 
 
+def test_stopped_between_two_evaluations_of_a_frozen_policy(monkeypatch, tmp_path):
+    """Whose second one is not run, nor in the run that goes on: its episodes may draw from a global generator. With
+    other flags it is."""
+    module, flags, evaluated = importlib.import_module("parl_gaussian"), [*SMALL, "--online-steps", 0], []
+    run_episodes = common.run_episodes
+
+    def noted(envs, act, seeds, *how, **options):
+        np.random.random()
+        evaluated.append(act.__name__)
+        return run_episodes(envs, act, seeds, *how, **options)
+
+    monkeypatch.setattr(common, "run_episodes", noted)
+    run_here("parl_gaussian", *flags, "--run-dir", tmp_path / "whole")
+    whole, last = list(evaluated), 7
+    update_critic, updates = module.update_critic, []
+
+    def interrupted(*arguments):
+        updates.append(1)
+        if len(updates) == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update_critic(*arguments)
+
+    monkeypatch.setattr(module, "update_critic", interrupted)
+    evaluated.clear()
+    with pytest.raises(SystemExit, match="143"):
+        run_here("parl_gaussian", *flags, "--run-dir", tmp_path / "stopped")
+    shutil.copytree(tmp_path / "stopped", tmp_path / "other")
+    before = list(evaluated)
+    run_here("parl_gaussian", "--resume", tmp_path / "stopped")
+    assert evaluated == whole and "act" in evaluated[len(before) :] and "act_raw" not in evaluated[len(before) :]
+    assert_same(load(tmp_path / "stopped"), load(tmp_path / "whole"))
+    evaluated.clear()
+    run_here("parl_gaussian", "--resume", tmp_path / "other", "--num-eval-episodes", 3)
+    assert "act_raw" in evaluated
+
+
 def test_stopped_in_the_distillation_after_offline_rl(monkeypatch, tmp_path):
     """Resumed there, its optimiser goes on where it was: it starts afresh at the phase's first step alone."""
     module, flags = importlib.import_module("parl_diffusion"), ["--offline-distill-steps", 10, "--online-steps", 0]
@@ -387,6 +423,7 @@ def test_one_file_copied_elsewhere_runs_with_common_and_envs(script, tmp_path):
 
 OWN_PROJECT = """
 import gymnasium as gym
+import numpy as np
 
 
 class Line(gym.Env):

@@ -238,6 +238,11 @@ def test_the_range_of_values_knows_steps_from_endless_failures():
     buffer.add_episode(np.zeros((3, 1)), np.zeros((2, 1)), rewards, [1.0, 0.0], [-100, -100])
     args = parl.Args(sparse_reward=True, reward_bias=-1.0)
     assert common.value_range(common.step_rewards(buffer, args), args) == (-100, 0)
+    rewards = common.endless_failure(
+        np.array([-1.0, -10.0]), np.array([1.0, 0.0]), 0.99
+    )  # it ends with what costs more
+    buffer.add_episode(np.zeros((3, 1)), np.zeros((2, 1)), rewards, [1.0, 0.0], [-991, -1000])
+    assert common.value_range(common.step_rewards(buffer, args), args) == (-1000, 0)
 
 
 def test_a_failed_episode_of_changing_costs_goes_on_at_its_last():

@@ -114,9 +114,9 @@ def spied_run(script, directory, *flags):
         note("describe", critic=critic, weights=copies(critic), obs=obs, candidates=candidates)
         return describe(critic, obs, candidates, args)
 
-    def spy_evaluate(envs, act, num_episodes, prefix, on_end):
+    def spy_evaluate(envs, act, num_episodes, prefix, **callbacks):
         note("evaluate", prefix=prefix)
-        return evaluate(envs, act, num_episodes, prefix, on_end)
+        return evaluate(envs, act, num_episodes, prefix, **callbacks)
 
     size = write_demonstrations(directory / "data.npz")
     with pytest.MonkeyPatch.context() as patch:
@@ -217,16 +217,17 @@ def test_the_raw_policy_is_evaluated_as_raw(run):
     "phase, known, evaluated",
     [
         ("offline", True, ["eval/"]),
-        ("offline", False, ["eval/policy_", "eval/"]),  # resumed, perhaps with other flags, or --eval-only
+        ("offline", False, ["eval/policy_", "eval/"]),  # resumed with other flags, or --eval-only
         ("online", True, ["eval/policy_", "eval/"]),
         ("bc", True, ["eval/policy_"]),
+        ("warmup", True, ["eval/policy_"]),  # the critic has learned nothing yet
     ],
 )
 def test_a_frozen_policy_is_evaluated_once(phase, known, evaluated, monkeypatch):
     """Trials of a robot spent on what is known; an old result in the place of a new policy's."""
     prefixes = []
 
-    def fake_evaluate(envs, act, num_episodes, prefix, on_end):
+    def fake_evaluate(envs, act, num_episodes, prefix, **callbacks):
         prefixes.append(prefix)
         return {prefix + "success_rate": 0.5}
 
@@ -237,7 +238,7 @@ def test_a_frozen_policy_is_evaluated_once(phase, known, evaluated, monkeypatch)
     row = common.evaluate_agent([], SimpleNamespace(act_raw=None, act=None), run, args)
     raw = 0.5 if "eval/policy_" in evaluated else 0.2
     assert prefixes == evaluated and row["eval/policy_success_rate"] == raw
-    assert counters.raw == {"eval/policy_success_rate": raw} and "raw" not in counters.state_dict()
+    assert counters.raw == counters.state_dict()["raw"] == {"eval/policy_success_rate": raw}
 
 
 def test_the_critic_learns_towards_its_target(run):

@@ -330,6 +330,9 @@ def test_value_range():
     args.sparse_reward, args.reward_bias = True, -1.0
     assert common.value_range(np.array([-1.0, 0.0]), args) == pytest.approx((-100, 0))
     assert common.value_range(np.array([]), args) == pytest.approx((-100, 0))
+    assert common.value_range(np.array([0.0]), args) == pytest.approx((-100, 0))  # no step that costs in the data
+    args.reward_bias = -10.0  # of rewards of 9 a step and 10 at success, scaled -1 and 0
+    assert common.value_range(np.array([-1.0, 0.0]), args) == pytest.approx((-100, 0))
     args.q_min = -7.0
     assert common.value_range(np.array([-1.0]), args) == (-7.0, 0)
     with pytest.raises(common.InputError, match="--q-min"):
