@@ -246,10 +246,11 @@ def test_sample_by_seeds_does_not_depend_on_the_batch(obs, golden_policy):
 
 
 def test_draw():
-    """By hand: sums 0.1, 0.1, 0.6, 1; the empty second bin is never drawn, not even at its edge."""
+    """By hand: sums 0.125, 0.125, 0.625, 1; an empty bin is never drawn, not even at its edge, nor at the end."""
     probs = torch.tensor([[0.125, 0.0, 0.5, 0.375]])
     drawn = openvla.draw(probs, torch.tensor([[0.0, 0.12, 0.125, 0.6, 0.63, 1.0]]))
-    assert drawn.tolist() == [[0, 0, 2, 2, 3, 3]]
+    assert drawn.tolist() == [[0, 0, 0, 2, 3, 3]]
+    assert openvla.draw(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0]])).tolist() == [[0]]
 
 
 def test_suffix_mask():

@@ -89,7 +89,7 @@ def evaluate(policy, env, seed):
     history = deque([obs] * policy.n_obs_steps, policy.n_obs_steps)
     observations.append(obs)
     while not done:
-        torch.manual_seed(int(np.random.SeedSequence((seed, len(observations) - 1)).generate_state(1)[0]))
+        torch.manual_seed(hash((seed, len(observations) - 1)))
         chunk = policy.predict_action({"obs": torch.from_numpy(np.stack(history))[None]})["action"][0].numpy()
         for action in chunk:
             obs, _, terminated, truncated, info = env.step(action)
