@@ -30,8 +30,8 @@ def act_and_note(policy, critic, obs, args, seeds=None):
     return actions
 
 
-def run_and_note(args, envs, act, seeds, **options):
-    episodes = run_episodes(envs, act, seeds, **options)
+def run_and_note(args, envs, act, seeds, *how, **options):
+    episodes = run_episodes(envs, act, seeds, *how, **options)
     if values:  # the optimised policy was evaluated
         path = HERE / "results" / "start_value" / f"{Path(args.run_dir).name}.csv"
         path.parent.mkdir(exist_ok=True)

@@ -637,3 +637,16 @@ def test_traced_policy_updates_agree_with_eager(name):
 
     traced = common.compiled(parl.update_policy, backend="aot_eager")
     torch.testing.assert_close(losses(traced), losses(parl.update_policy), rtol=1e-4, atol=1e-5)
+
+
+def test_the_value_of_the_starts_is_noted(tmp_path):
+    """benchmark/start_value.py takes the places of act() and run_episodes(), with arguments that may change."""
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    shutil.copy(ROOT / "benchmark" / "start_value.py", tmp_path / "benchmark")
+    for name in ("common.py", "parl_diffusion.py", "envs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    flags = [*SMALL, "--eval-every", 1000, "--online-steps", 0, "--run-dir", tmp_path / "run"]
+    run_script("benchmark/start_value", *flags, cwd=tmp_path)
+    header, *rows = (tmp_path / "benchmark" / "results" / "start_value" / "run.csv").read_text().splitlines()
+    assert header == "evaluation,episode,value,discounted_return" and len(rows) == 2
+    assert all(-100 <= float(number) <= 0 for row in rows for number in row.split(",")[2:])
