@@ -189,8 +189,10 @@ def step_rewards(buffer, args):
     """The rewards (N,) that a step can pay, from which the range of values follows: of an `endless_failure` what one
     step costs."""
     rewards, masks = buffer.rewards[: len(buffer)], buffer.masks[: len(buffer)]
+    if not args.sparse_reward:
+        return rewards
     once = (rewards.astype(np.float64) * (1 - args.discount)).round(6)
-    return np.where((masks > 0) | (rewards >= 0), rewards, once) if args.sparse_reward else rewards
+    return np.where((masks > 0) | (rewards >= 0), rewards, once)
 
 
 def value_range(rewards, args):
@@ -201,7 +203,7 @@ def value_range(rewards, args):
         raise InputError("--q-min: expected one; there is no dataset to take what a step costs from")
     if args.sparse_reward and rewards.max(initial=0) > 0:
         raise InputError(f"--sparse-reward: the data pay {rewards.max():g}, scaled; expected success to pay most, 0")
-    if args.sparse_reward:  # success pays 0, also where the data have none; each step costs, without data the bias
+    if args.sparse_reward:  # success pays 0, also where the data have none; a step costs the bias where they have none
         rewards = np.minimum(rewards if (rewards < 0).any() else np.append(rewards, args.reward_bias), 0.0)
     if len(rewards) == 0 and None in (args.q_min, args.q_max):
         raise InputError("--q-min --q-max: expected both; there is no dataset to take the range of values from")

@@ -1171,9 +1171,7 @@ def update_policy(policy, policy_ema, optimizer, obs, actions, lr, args):
     policy.train()
     loss = together(loss_share, policy, obs, actions)
     optimizer.step()
-    with torch.no_grad():
-        if policy_ema is not policy:  # they share what is frozen
-            torch._foreach_lerp_(trained(policy_ema), trained(policy), args.policy_ema_rate)
+    move_average(policy_ema, policy, args.policy_ema_rate)
     return loss
 
 

@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import os
+import subprocess
 import sys
 
 import gymnasium as gym
@@ -326,3 +328,20 @@ def test_the_transformer_begins_as_it_should():
             assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05) and (layer.bias == 0).all()
     assert policy.positions.std().item() == pytest.approx(0.02, rel=0.2)
     assert policy.embed_tokens.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_run_knows_its_commit(tmp_path, monkeypatch):
+    """Of the folder of common.py, whatever is tagged there; marked where files are changed, empty where there is none."""
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    assert common.commit() == ""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    (tmp_path / "common.py").write_text("1")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "x"], ["tag", "v1"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert common.commit() == head[:12]
+    (tmp_path / "common.py").write_text("2")
+    assert common.commit() == head[:12] + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert common.commit() == ""
