@@ -200,6 +200,26 @@ def test_a_stop_is_heeded_within_a_chunk():
     assert len(env.sent) == 3 and asked == [1]
 
 
+def test_a_stop_is_heeded_while_an_action_is_chosen():
+    """Which takes long where the policy is large: neither is it sent, nor is another one chosen after a stop."""
+    asked, env = [], Corridor()
+
+    def act(obs, keys):
+        asked.append(1)
+        return np.full((1, 2), 0.1)
+
+    def before_step():
+        if asked:
+            raise SystemExit(130)
+
+    with pytest.raises(SystemExit):
+        common.run_episodes([env], act, [0], before_step=before_step)
+    assert env.sent == [] and asked == [1]
+    with pytest.raises(SystemExit):
+        common.run_episodes([env], act, [0], before_step=before_step)
+    assert env.sent == [] and asked == [1]
+
+
 class Short(gym.Env):
     """Cut off after 2 steps in its first episode, after 6 in the others."""
 

@@ -218,6 +218,27 @@ def test_signals_save_and_exit_cleanly_others(other, number, finished, monkeypat
     assert_same(load(directory), load(finished(other)))
 
 
+def test_stopped_in_an_evaluation(finished, monkeypatch, tmp_path, capfd):
+    """Of the optimised policy: no step follows. The run that goes on evaluates, and equals one that was not stopped."""
+    module, acting = importlib.import_module("parl_gaussian"), []
+    act = module.Agent.act
+
+    def interrupted(*arguments):
+        acting.append(1)
+        if len(acting) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return act(*arguments)
+
+    monkeypatch.setattr(module.Agent, "act", interrupted)
+    with pytest.raises(SystemExit, match="143"):
+        run_here("parl_gaussian", *SMALL, "--run-dir", tmp_path / "stopped")
+    assert len(acting) == 3 and "; the episode in progress is dropped; to go on" in capfd.readouterr().out
+    monkeypatch.undo()
+    run_here("parl_gaussian", "--resume", tmp_path / "stopped")
+    assert metrics(tmp_path / "stopped") == metrics(finished("parl_gaussian"))
+    assert_same(load(tmp_path / "stopped"), load(finished("parl_gaussian")))
+
+
 def test_stopped_between_two_evaluations_of_a_frozen_policy(monkeypatch, tmp_path):
     """Whose second one is not run, nor in the run that goes on: its episodes may draw from a global generator. With
     other flags it is."""

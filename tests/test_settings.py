@@ -331,7 +331,7 @@ def test_the_transformer_begins_as_it_should():
 
 
 def test_a_run_knows_its_commit(tmp_path, monkeypatch):
-    """Of the folder of common.py, whatever is tagged there; marked where files are changed, empty where there is none."""
+    """Of the folder of common.py, also where there are tags; marked where files are changed; else empty."""
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     assert common.commit() == ""
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
